@@ -1,0 +1,303 @@
+"""The verbs as functions: what ``intaglio VERB`` does, ``intaglio.VERB(...)`` does.
+
+Shapes: N items, S image side, Z latent dimensions.
+"""
+
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from intaglio.config import Config, load
+from intaglio.data.pixels import UnreadableImage, read_image
+from intaglio.data.prepare import Prepared, prepare
+from intaglio.data.vectors import VectorFile
+from intaglio.health.check import CheckReport
+from intaglio.health.check import check as check_config
+from intaglio.history import Reading, run_folder
+from intaglio.history.run_folder import RunFolder
+from intaglio.models.multimodal import MultimodalModel, of_run, open_model
+from intaglio.models.multimodal import interpolate as between
+from intaglio.sampling.tokens import Decoding
+
+__all__ = [
+    "caption",
+    "check",
+    "demo",
+    "encode",
+    "evaluate",
+    "generate",
+    "interpolate",
+    "load_model",
+    "reconstruct",
+    "search",
+    "train",
+]
+
+IMAGES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".gif"}
+BATCH = 64
+
+
+@dataclass
+class Skipped:
+    """Files that could not be used, each with the reason: nothing is left out silently."""
+
+    reasons: dict[str, str] = field(default_factory=dict)
+
+
+def load_model(run: str | Path) -> MultimodalModel:
+    """The model of a finished run (or of a folder written by ``save_pretrained``), on a GPU where there is one."""
+    path = Path(run)
+    model = open_model(path) if (path / "model.safetensors").is_file() else of_run(run_folder.find(run))
+    return model.to("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def train(recipe: str | Path | None = None, overrides: Sequence[str] = (), **options: Any) -> RunFolder | None:
+    """Trains a recipe, goes on with a run (``resume=RUN``), or fine-tunes one (``parent=RUN``): the run folder.
+
+    ``options`` are those of ``intaglio.training.run.train``: resume, parent, dry_run, quiet.
+    """
+    from intaglio.training import run
+
+    return run.train(recipe, overrides, **options)
+
+
+def demo(out: str | Path = "runs", quiet: bool = False) -> RunFolder:
+    """Trains a small model on the built-in engravings and gives its run folder; ``report/index.html`` shows it."""
+    from intaglio.training import demo as demonstration
+
+    return demonstration.demo(out, quiet)
+
+
+def check(recipe: str | Path, overrides: Sequence[str] = ()) -> CheckReport:
+    """True parameter counts, memory, time and static faults of a recipe, before a step is spent."""
+    return check_config(load(recipe, overrides))
+
+
+def caption(
+    run: str | Path,
+    images: Sequence[str | Path],
+    decoding: Decoding | None = None,
+    seed: int | None = None,
+    skipped: Skipped | None = None,
+) -> dict[str, str]:
+    """A caption for each image file or each image of a folder: {file: caption}."""
+    model = load_model(run)
+    if seed is None and decoding is not None and decoding.method == "sample":
+        seed = 0
+    found: dict[str, str] = {}
+    for names, pixels in _batches(images, model.image_size, skipped):
+        seeds = None if seed is None else [seed + len(found) + k for k in range(len(names))]
+        found |= dict(zip(names, model.caption(model.encode(pixels), decoding, seeds), strict=True))
+    return found
+
+
+def generate(
+    run: str | Path,
+    out: str | Path,
+    n: int = 16,
+    seed: int = 0,
+    text: str | None = None,
+    temperature: float = 1.0,
+) -> list[dict[str, Any]]:
+    """Images with captions: from the prior, or from a text. Writes PNGs, ``metadata.jsonl`` and ``sheet.png``.
+
+    The folder written is itself an image folder that ``train`` reads. Row i comes from seed + i alone, so the same
+    seed gives the same image in any n.
+    """
+    model, folder = load_model(run), _new_folder(out)
+    rows: list[dict[str, Any]] = []
+    pictures = []
+    for start in range(seed, seed + n, BATCH):
+        seeds = range(start, min(start + BATCH, seed + n))
+        if text is None:
+            z = model.sample_prior(seeds, temperature)
+        else:
+            z = model.text_latent([text] * len(seeds), seeds, temperature)
+        images = model.decode(z)
+        for s, image, words in zip(seeds, images, model.caption(z), strict=True):
+            name = f"seed-{s:06d}.png"
+            Image.fromarray(image).save(folder / name)
+            row = {"file_name": name, "caption": words, "seed": s, "temperature": temperature}
+            rows.append(row if text is None else {**row, "text": text})
+        pictures.append(images)
+    _write_rows(folder / "metadata.jsonl", rows)
+    _sheet(np.concatenate(pictures), 8).save(folder / "sheet.png")
+    if text is not None and (unknown := model.unknown_tokens(text)):
+        rows[0]["note"] = f"{unknown} pieces of the text never occurred in the training captions"
+    return rows
+
+
+def interpolate(run: str | Path, a: str | Path, b: str | Path, out: str | Path, steps: int = 8) -> list[str]:
+    """Images and captions on the way from image a to image b; writes the frames and ``sheet.png``."""
+    if steps < 2:
+        raise ValueError(f"steps is {steps}; use at least 2, the two ends.")
+    model, folder = load_model(run), _new_folder(out)
+    ends = model.encode(np.stack([read_image(a, model.image_size)[0], read_image(b, model.image_size)[0]]))
+    z = between(ends[0], ends[1], steps)
+    images, captions = model.decode(z), model.caption(z)
+    for k, image in enumerate(images):
+        Image.fromarray(image).save(folder / f"step-{k:03d}.png")
+    rows = [{"file_name": f"step-{k:03d}.png", "caption": c} for k, c in enumerate(captions)]
+    _write_rows(folder / "metadata.jsonl", rows)
+    _sheet(images, steps).save(folder / "sheet.png")
+    return captions
+
+
+def reconstruct(run: str | Path, images: Sequence[str | Path], out: str | Path) -> dict[str, float]:
+    """Decodes each image from its latent; writes original | reconstruction and gives {file: PSNR in dB}."""
+    model, folder = load_model(run), _new_folder(out)
+    quality: dict[str, float] = {}
+    for names, pixels in _batches(images, model.image_size):
+        for name, before, after in zip(names, pixels, model.decode(model.encode(pixels)), strict=True):
+            error = np.square((before.astype(float) - after) / 255).mean()
+            quality[name] = float(-10 * np.log10(max(error, 1e-12)))
+            pair = Image.fromarray(np.concatenate([before, after], axis=1))
+            pair.save(folder / f"{len(quality) - 1:04d}-{Path(name).stem}.png")
+    return quality
+
+
+def search(
+    run: str | Path,
+    collection: str | Path | None = None,
+    text: str | None = None,
+    image: str | Path | None = None,
+    top: int = 5,
+) -> list[dict[str, Any]]:
+    """The images of a folder (by default the run's own held-out items) that fit a text or an image best.
+
+    Each hit has ``file`` (or ``item`` and ``caption``) and ``similarity``, the cosine.
+    """
+    if (text is None) == (image is None):
+        raise ValueError("Search by one of the two: --text WORDS or --image FILE.")
+    model = load_model(run)
+    if text is not None:
+        query = model.embed_text([text])
+    else:
+        query = model.embed_image(model.encode(read_image(str(image), model.image_size)[0][None]))
+    hits: list[dict[str, Any]] = []
+    for rows, latents in _collection(run, model, collection):
+        similarity = (model.embed_image(latents) @ query.T)[:, 0].tolist()
+        hits += [{**row, "similarity": round(s, 4)} for row, s in zip(rows, similarity, strict=True)]
+        hits = sorted(hits, key=lambda h: -h["similarity"])[:top]
+    return hits
+
+
+def encode(
+    run: str | Path, images: Sequence[str | Path], out: str | Path, skipped: Skipped | None = None
+) -> tuple[int, int]:
+    """Latents of images into one ``.safetensors`` or ``.parquet``, streamed in constant memory: (N, Z)."""
+    model = load_model(run)
+    with VectorFile(Path(out), model.config.latent) as file:
+        for names, pixels in _batches(images, model.image_size, skipped):
+            file.append(names, model.encode(pixels).cpu().numpy())
+    return file.rows, model.config.latent
+
+
+def evaluate(run: str | Path) -> tuple[dict[str, Reading], list[str]]:
+    """Measures a finished run again on its held-out items and rewrites its findings and page: readings and summary."""
+    from intaglio.training.finish import conclude, measure
+
+    folder = run_folder.find(run)
+    model = of_run(folder)
+    lines: list[str] = []
+    readings = measure(model, prepared_of(folder, model), folder)
+    conclude(folder, readings, folder.record["step"], lines.append)
+    return readings, lines
+
+
+def prepared_of(folder: RunFolder, model: MultimodalModel) -> Prepared:
+    """The data of a run, split and encoded as it was.
+
+    Raises:
+        ValueError: the data has changed since.
+    """
+    config: Config = folder.config()
+    prepared = prepare(config.data, config.seed, 0, model.tokenizer, model.text_length)
+    if prepared.fingerprint != folder.record["fingerprint"]:
+        raise ValueError(
+            f"The data of {folder.path} ({config.data.source}) has changed since it was trained, so its held-out items "
+            "are no longer known. Put the data back to measure this run."
+        )
+    return prepared
+
+
+def _collection(
+    run: str | Path, model: MultimodalModel, collection: str | Path | None
+) -> Iterator[tuple[list[dict[str, Any]], Tensor]]:
+    if collection is not None:
+        for names, pixels in _batches([collection], model.image_size):
+            yield [{"file": n} for n in names], model.encode(pixels)
+        return
+    prepared = prepared_of(run_folder.find(run), model)
+    items = prepared.splits["val"]
+    for start in range(0, len(items), BATCH):
+        part = items[start : start + BATCH]
+        corpus = prepared.corpus
+        rows = [{"item": corpus.id(int(i)), "caption": corpus.captions(int(i))[0]} for i in part]
+        yield rows, model.encode(np.asarray(prepared.data.images[part]))
+
+
+def _files(paths: Sequence[str | Path]) -> Iterator[Path]:
+    for given in map(Path, paths):
+        if given.is_dir():
+            inside = sorted(p for p in given.rglob("*") if p.suffix.lower() in IMAGES)
+            if not inside:
+                raise ValueError(f"{given} holds no images ({', '.join(sorted(IMAGES))}).")
+            yield from inside
+        elif given.is_file():
+            yield given
+        else:
+            raise ValueError(f"There is no file or folder {given}.")
+
+
+def _batches(
+    paths: Sequence[str | Path], size: int, skipped: Skipped | None = None
+) -> Iterator[tuple[list[str], np.ndarray]]:
+    """Names and pixels (≤ 64, S, S, 3) of image files. An unreadable one is noted in ``skipped``, or ends the work."""
+    names: list[str] = []
+    pixels: list[np.ndarray] = []
+    for path in _files(paths):
+        try:
+            image, _ = read_image(path, size)
+        except UnreadableImage as error:
+            if skipped is None:
+                raise
+            skipped.reasons[str(path)] = str(error)
+            continue
+        names.append(str(path))
+        pixels.append(image)
+        if len(names) == BATCH:
+            yield names, np.stack(pixels)
+            names, pixels = [], []
+    if names:
+        yield names, np.stack(pixels)
+
+
+def _new_folder(out: str | Path) -> Path:
+    folder = Path(out)
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise ValueError(f"{folder} exists and isn't empty; name another folder with --out.")
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
+
+
+def _write_rows(path: Path, rows: list[dict[str, Any]]) -> None:
+    path.write_text("".join(json.dumps(r, ensure_ascii=False) + "\n" for r in rows), encoding="utf-8")
+
+
+def _sheet(images: np.ndarray, columns: int, gap: int = 4) -> Image.Image:
+    """Images (N, S, S, 3) in rows on white."""
+    n, side = len(images), images.shape[1] + gap
+    rows = -(-n // columns)
+    sheet = np.full((rows * side + gap, min(n, columns) * side + gap, 3), 255, np.uint8)
+    for k, image in enumerate(images):
+        y, x = k // columns * side + gap, k % columns * side + gap
+        sheet[y : y + side - gap, x : x + side - gap] = image
+    return Image.fromarray(sheet)

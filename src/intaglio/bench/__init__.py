@@ -1,0 +1,69 @@
+"""Our own evidence: each benchmark prints a table and writes the file that the README cites."""
+
+import json
+import os
+import platform
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from intaglio import __version__
+
+
+@dataclass(frozen=True)
+class Result:
+    """One target and what was measured: ``better`` says which side of the target is good."""
+
+    quantity: str
+    target: float
+    measured: float
+    better: str = "higher"
+    null: float | None = None
+    n: int | None = None
+    low: float | None = None
+    high: float | None = None
+
+    @property
+    def met(self) -> bool:
+        return self.measured >= self.target if self.better == "higher" else self.measured <= self.target
+
+
+def run_benchmark(what: str, out: str) -> int:
+    """Runs the benchmark ``what`` and writes ``out/<what>.json``; 0 if every target was met, else 1."""
+    results, facts = import_module(f"intaglio.bench.{what}").measure()
+    write(Path(out) / f"{what}.json", results, facts)
+    show(results)
+    return int(not all(r.met for r in results))
+
+
+def write(path: Path, results: Sequence[Result], facts: dict[str, Any]) -> None:
+    """Results with the machine and versions that they came from."""
+    import torch
+
+    machine = {
+        "processor": f"{platform.machine()}, {os.cpu_count()} cores",
+        "torch": torch.__version__,
+        "instructions": torch.backends.cpu.get_cpu_capability(),
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+    }
+    rows = [{**asdict(r), "met": r.met} for r in results]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    content = {"intaglio": __version__, "machine": machine, **facts, "results": rows}
+    path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+
+
+def show(results: Sequence[Result]) -> None:
+    """The table for the terminal."""
+    table = Table("quantity", "null", "target", "measured", "95 % interval", "")
+    for r in results:
+        interval = "" if r.low is None or r.high is None else f"{r.low:.3f} – {r.high:.3f}"
+        sign = "≥" if r.better == "higher" else "≤"
+        null = "" if r.null is None else f"{r.null:.3f}"
+        mark = "met" if r.met else "[bold]MISSED[/bold]"
+        table.add_row(r.quantity, null, f"{sign} {r.target:g}", f"{r.measured:.3f}", interval, mark)
+    Console().print(table)

@@ -1,0 +1,188 @@
+"""Speed, side by side in one process run: ``intaglio bench speed``.
+
+Every figure that compares is a ratio of alternated measurements, so that a busy machine slows both sides.
+"""
+
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+
+from intaglio.bench import Result
+from intaglio.config import MultimodalConfig, load
+from intaglio.data.batches import TrainingBatches
+from intaglio.data.engravings import Engravings
+from intaglio.data.prepare import Prepared, prepare
+from intaglio.history import read_history
+from intaglio.models.multimodal import MultimodalModel
+from intaglio.models.networks import RecomputedDecoding
+from intaglio.systems import multimodal
+from intaglio.training.run import train
+
+STEPS, WARM, ROUNDS = 40, 8, 4
+
+
+def measure() -> tuple[list[Result], dict[str, Any]]:
+    """All speed targets, with the figures that they come from."""
+    with tempfile.TemporaryDirectory() as scratch:
+        trainer, bare, waits = _trainer_against_bare(Path(scratch))
+        few, many = _encode_memory(Path(scratch))
+    cached = _decoding_ratio()
+    started = {"--help": _started("-m", "intaglio", "--help"), "import": _started("-c", "import intaglio")}
+    python = _started("-c", "pass")
+    ratios = [a / b for a, b in zip(trainer, bare, strict=True)]
+    results = [
+        Result("training rate, our trainer over a bare loop", 0.97, statistics.median(ratios), n=ROUNDS),
+        Result("share of training that waits for data", 0.05, max(waits), better="lower", n=ROUNDS),
+        Result("seconds of intaglio --help", 0.3, started["--help"], better="lower"),
+        Result("seconds of import intaglio", 0.15, started["import"] - python, better="lower"),
+        Result("caption decoding, cached over recomputed, 100 tokens", 3.0, cached),
+        Result("peak memory, encoding 10,000 over 1,000 images", 1.1, many / few, better="lower"),
+        Result("built-in images a second at 64 px, one core", 500.0, _drawing_rate()),
+    ]
+    facts = {
+        "items_per_second": {"trainer": trainer, "bare_loop": bare},
+        "encode_peak_bytes": {"1000": few, "10000": many},
+        "python_start_seconds": python,
+    }
+    return results, facts
+
+
+def _trainer_against_bare(scratch: Path) -> tuple[list[float], list[float], list[float]]:
+    """Items per second of both, alternated, after ``WARM`` steps each; and the trainer's share of waiting."""
+    words = ["--runs", str(scratch), "--data.items", "4000", "--train.validate_every", "100000"]
+    config = load("multimodal-small", [*words, "--train.steps", str(STEPS), "--train.precision", _precision()])
+    assert isinstance(config, MultimodalConfig)
+    prepared = prepare(config.data, config.seed, config.model.vocabulary)
+    ours, theirs, waits = [], [], []
+    for _ in range(ROUNDS):
+        rate, wait = _trainer(config, words)
+        ours.append(rate)
+        waits.append(wait)
+        theirs.append(_bare_loop(config, prepared))
+    return ours, theirs, waits
+
+
+def _precision() -> str:
+    from intaglio.training.device import choose
+
+    return choose(load("multimodal-small").train).precision
+
+
+def _trainer(config: MultimodalConfig, words: list[str]) -> tuple[float, float]:
+    """Rate and waiting share between step ``WARM`` and the last, as the run itself recorded them."""
+    more = ["--train.steps", str(STEPS), "--train.log_every", str(WARM), "--train.precision", config.train.precision]
+    folder = train("multimodal-small", [*words, *more], quiet=True)
+    assert folder is not None
+    table = read_history(folder.metrics)
+    later = table.filter(table["step"] > WARM)
+    speed = later.filter(later["name"] == "train/speed/items_per_second")["value"].to_list()
+    wait = later.filter(later["name"] == "train/speed/wait_share")["value"].to_list()
+    return len(speed) / sum(1 / s for s in speed), max(wait)
+
+
+def _bare_loop(config: MultimodalConfig, prepared: Prepared) -> float:
+    """The same network, terms and optimizer in twenty lines of PyTorch."""
+    system = multimodal.build(replace(config, train=replace(config.train, steps=STEPS)), prepared)
+    system.train()
+    parts = system.configure_optimizers()
+    optimizer, schedule = parts["optimizer"], parts["lr_scheduler"]["scheduler"]
+    parameters = [p for p in system.parameters() if p.requires_grad]
+    batches = iter(TrainingBatches(prepared.data, prepared.splits["train"], 0, config.train.batch_size, 0, 0, 1))
+    begun = 0.0
+    for step in range(STEPS):
+        if step == WARM:
+            begun = time.perf_counter()
+        batch = next(batches)
+        with torch.autocast("cpu", torch.bfloat16, enabled=config.train.precision == "bf16"):
+            terms = system.loss_terms(batch)
+            total = torch.stack([t.weight * t.value.float() for t in terms.values()]).sum()
+        optimizer.zero_grad()
+        total.backward()
+        torch.nn.utils.clip_grad_norm_(parameters, config.optim.clip)
+        optimizer.step()
+        schedule.step()
+    return (STEPS - WARM) * config.train.batch_size / (time.perf_counter() - begun)
+
+
+def _small_model(text_length: int) -> MultimodalModel:
+    from intaglio.config import to_dict
+    from intaglio.data.tokenizer import CaptionTokenizer
+
+    config = load("multimodal-small")
+    tokenizer = CaptionTokenizer.train((c for i in range(500) for c in Engravings(500).captions(i)), 4000)
+    plain = to_dict(config)
+    model = MultimodalModel(plain["model"], plain["prior"], 64, text_length, len(tokenizer))
+    model.tokenizer = tokenizer
+    return model.eval()
+
+
+@torch.inference_mode()
+def _decoding_ratio(tokens: int = 100, batch: int = 16) -> float:
+    """Time of ``tokens`` steps without the key/value cache over the time with it, alternated, median of three."""
+    model = _small_model(tokens)
+    z = torch.randn(batch, model.config.latent)
+    ids = torch.randint(4, 100, (batch, tokens))
+
+    def seconds(make: Callable[[], Any]) -> float:
+        begun, stepper = time.perf_counter(), make()
+        for t in range(tokens):
+            stepper.step(ids[:, t : t + 1], t)
+        return time.perf_counter() - begun
+
+    pairs = [
+        seconds(lambda: RecomputedDecoding(model.network, z)) / seconds(lambda: model.network.decoding(z))
+        for _ in range(3)
+    ]
+    return statistics.median(pairs)
+
+
+def _encode_memory(scratch: Path) -> tuple[int, int]:
+    """Peak resident bytes of ``intaglio encode`` over 1,000 and over 10,000 images."""
+    _small_model(64).save_pretrained(scratch / "model")
+    peaks = []
+    for count in (1_000, 10_000):
+        folder = scratch / f"images-{count}"
+        folder.mkdir()
+        corpus = Engravings(256)
+        for i in range(256):
+            Image.fromarray(corpus.image(i, 64)).save(folder / f"{i:05d}.png")
+        for i in range(256, count):
+            os.link(folder / f"{i % 256:05d}.png", folder / f"{i:05d}.png")
+        command = ["encode", str(scratch / "model"), str(folder), "--out", str(scratch / f"{count}.safetensors")]
+        program = (
+            "import resource, sys; from intaglio.cli import main; code = main(sys.argv[1:]); "
+            "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss); sys.exit(code)"
+        )
+        done = subprocess.run([sys.executable, "-c", program, *command], capture_output=True, text=True, check=True)
+        peaks.append(int(done.stdout.split()[-1]) * (1 if sys.platform == "darwin" else 1024))
+    return peaks[0], peaks[1]
+
+
+def _started(*words: str) -> float:
+    """Least seconds of five starts of Python with the given words."""
+    times = []
+    for _ in range(5):
+        begun = time.perf_counter()
+        subprocess.run([sys.executable, *words], capture_output=True, check=True)
+        times.append(time.perf_counter() - begun)
+    return min(times)
+
+
+def _drawing_rate(count: int = 1000) -> float:
+    """Images drawn in a second of this process's own time."""
+    corpus = Engravings(count)
+    corpus.image(0, 64)
+    begun = time.process_time()
+    for i in range(count):
+        corpus.image(i, 64)
+    return count / (time.process_time() - begun)

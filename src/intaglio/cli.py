@@ -1,0 +1,300 @@
+"""The command line: words to verbs, results to text or JSON, errors to one line that says what to do.
+
+Exit codes: 0 no failing finding, 1 failing, 2 unusable input or arguments, 3 cannot tell, 130 and 143 interrupted.
+"""
+
+import argparse
+import json
+import os
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict
+from itertools import islice
+from typing import Any
+
+from intaglio import __version__
+
+Arguments = argparse.Namespace
+
+
+def main(words: Sequence[str] | None = None) -> int:
+    """Runs one command and gives its exit code."""
+    parser, verbs = _parser()
+    words = list(sys.argv[1:] if words is None else words)
+    if words and words[0] in TAKES_OVERRIDES:
+        words = _with_values(words, verbs[words[0]])
+    given, rest = parser.parse_known_args(words)
+    if rest and given.verb not in TAKES_OVERRIDES:
+        parser.error(f"{given.verb} does not know {' '.join(rest)}; see: intaglio {given.verb} --help")
+    if not given.verb:
+        parser.print_help()
+        return 0
+    given.overrides = rest
+    try:
+        return int(VERBS[given.verb](given) or 0)
+    except (ValueError, OSError) as error:
+        if os.environ.get("INTAGLIO_DEBUG"):
+            raise
+        print(f"intaglio {given.verb}: {error}", file=sys.stderr)
+        return 2
+    except RuntimeError as error:
+        if type(error).__name__ not in {"NonFiniteStep", "OutOfMemoryError"} or os.environ.get("INTAGLIO_DEBUG"):
+            raise
+        print(f"intaglio {given.verb}: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print(f"\nintaglio {given.verb}: interrupted", file=sys.stderr)
+        return 130
+
+
+def _train(a: Arguments) -> int:
+    if a.print_config:
+        from intaglio import config
+
+        if a.recipe is None:
+            raise ValueError(f"Which recipe? One of: {', '.join(config.recipes())}.")
+        print(config.dump(config.load(a.recipe, a.overrides)), end="")
+        return 0
+    from intaglio.api import train
+
+    folder = train(a.recipe, a.overrides, resume=a.resume, parent=a.parent, dry_run=a.dry_run, quiet=a.quiet or a.json)
+    if folder is None:
+        return 0
+    record = folder.record
+    if a.json:
+        _print_json({"run": str(folder.path), "status": record["status"], "step": record["step"]})
+    return {"SIGINT": 130, "SIGTERM": 143}.get(record.get("stopped_by", ""), 0)
+
+
+def _check(a: Arguments) -> int:
+    from intaglio.api import check
+    from intaglio.health.check import report_lines
+
+    report = check(a.recipe, a.overrides)
+    if a.json:
+        _print_json(report.as_dict())
+    else:
+        print("\n".join(report_lines(report)))
+    return int(any(f.severity == "fail" for f in report.findings))
+
+
+def _demo(a: Arguments) -> int:
+    from intaglio.api import demo
+
+    demo(a.out, quiet=a.quiet)
+    return 0
+
+
+def _evaluate(a: Arguments) -> int:
+    from intaglio.api import evaluate
+
+    readings, lines = evaluate(a.run)
+    if a.json:
+        _print_json({"readings": {name: asdict(r) for name, r in readings.items()}})
+    else:
+        print("\n".join(lines))
+    from intaglio.history import run_folder
+
+    findings = json.loads((run_folder.find(a.run).path / "findings.json").read_text(encoding="utf-8"))
+    return int(findings["verdict"] == "failing")
+
+
+def _caption(a: Arguments) -> int:
+    from intaglio.api import Skipped, caption
+    from intaglio.sampling.tokens import Decoding
+
+    options = {k: getattr(a, k) for k in ("temperature", "top_p", "beams", "repetition_penalty") if getattr(a, k)}
+    if a.method == "beam":
+        options.setdefault("beams", 4)
+    skipped = Skipped()
+    found = caption(a.run, a.images, Decoding(method=a.method, **options), a.seed, skipped)
+    if a.json:
+        _print_json({"captions": found, "skipped": skipped.reasons})
+    else:
+        for file, words in found.items():
+            print(f"{file}\t{words}")
+    return _tell_skipped(skipped, found)
+
+
+def _generate(a: Arguments) -> int:
+    from intaglio.api import generate
+
+    rows = generate(a.run, a.out, a.n, a.seed, a.text, a.temperature)
+    if a.json:
+        _print_json({"folder": a.out, "images": rows})
+    else:
+        for row in rows:
+            print(f"{a.out}/{row['file_name']}\t{row['caption']}")
+        if "note" in rows[0]:
+            print(f"note: {rows[0]['note']}", file=sys.stderr)
+    return 0
+
+
+def _interpolate(a: Arguments) -> int:
+    from intaglio.api import interpolate
+
+    captions = interpolate(a.run, a.a, a.b, a.out, a.steps)
+    if a.json:
+        _print_json({"folder": a.out, "captions": captions})
+    else:
+        print("\n".join(captions))
+        print(f"{a.out}/sheet.png")
+    return 0
+
+
+def _reconstruct(a: Arguments) -> int:
+    from intaglio.api import reconstruct
+
+    quality = reconstruct(a.run, a.images, a.out)
+    if a.json:
+        _print_json({"folder": a.out, "psnr_db": quality})
+    else:
+        for file, decibels in quality.items():
+            print(f"{file}\t{decibels:.2f} dB")
+    return 0
+
+
+def _search(a: Arguments) -> int:
+    from intaglio.api import search
+
+    hits = search(a.run, a.folder, a.text, a.image, a.top)
+    if a.json:
+        _print_json({"hits": hits})
+    else:
+        for hit in hits:
+            name = hit["file"] if "file" in hit else f"{hit['item']}  {hit['caption']}"
+            print(f"{hit['similarity']:.3f}  {name}")
+    return 0
+
+
+def _encode(a: Arguments) -> int:
+    from intaglio.api import Skipped, encode
+
+    skipped = Skipped()
+    rows, width = encode(a.run, a.images, a.out, skipped)
+    if a.json:
+        _print_json({"file": a.out, "rows": rows, "width": width, "skipped": skipped.reasons})
+    else:
+        print(f"{a.out}: {rows} latents of {width} dimensions")
+    return _tell_skipped(skipped, rows)
+
+
+def _bench(a: Arguments) -> int:
+    from intaglio.bench import run_benchmark
+
+    return run_benchmark(a.what, a.out)
+
+
+VERBS = {
+    "train": _train,
+    "check": _check,
+    "demo": _demo,
+    "evaluate": _evaluate,
+    "caption": _caption,
+    "generate": _generate,
+    "interpolate": _interpolate,
+    "reconstruct": _reconstruct,
+    "search": _search,
+    "encode": _encode,
+    "bench": _bench,
+}
+TAKES_OVERRIDES = {"train", "check"}
+
+
+def _with_values(words: Sequence[str], verb: argparse.ArgumentParser) -> list[str]:
+    """``--key.sub value`` as ``--key.sub=value``: argparse takes the value of an unknown key for a recipe."""
+    joined, rest = [], iter(words)
+    for word in rest:
+        alone = word.startswith("--") and "=" not in word and word not in verb._option_string_actions
+        joined.append("=".join([word, *islice(rest, 1)]) if alone else word)
+    return joined
+
+
+def _parser() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentParser]]:
+    """The command line's parser, and that of each verb."""
+    parser = argparse.ArgumentParser(
+        prog="intaglio", description="Train latent-variable models, and prove what they learned."
+    )
+    parser.add_argument("--version", action="version", version=f"intaglio {__version__}")
+    verbs = parser.add_subparsers(dest="verb", metavar="VERB")
+
+    def verb(name: str, what: str, more: str = "") -> argparse.ArgumentParser:
+        p = verbs.add_parser(name, help=what, description=f"{what[0].upper()}{what[1:]}. {more}".strip())
+        p.add_argument("--json", action="store_true", help="print the answer as JSON")
+        return p
+
+    overriding = "Any key of the recipe can be set: --train.steps 500 (see --print_config for all of them)."
+    p = verb("train", "train a recipe, go on with a run, or fine-tune one", overriding)
+    p.add_argument("recipe", nargs="?", help="name of a recipe, or the path of a YAML file")
+    p.add_argument("--resume", metavar="RUN", help="go on with a run (or a checkpoint of it), bit for bit")
+    p.add_argument("--from", dest="parent", metavar="RUN", help="fine-tune the model of a run with a fresh optimizer")
+    p.add_argument("--dry-run", action="store_true", help="prepare everything and take one step; writes nothing")
+    p.add_argument("--quiet", action="store_true", help="say only what must be said")
+    p.add_argument("--print_config", action="store_true", help="print the configuration and stop")
+
+    p = verb("check", "parameters, memory, time and faults of a recipe before a step is spent", overriding)
+    p.add_argument("recipe")
+
+    p = verb("demo", "train a small model on the built-in engravings and open the page of it")
+    p.add_argument("--out", default="runs", metavar="FOLDER", help="where the run folder goes (default: runs)")
+    p.add_argument("--quiet", action="store_true")
+
+    p = verb("evaluate", "measure a finished run on its held-out items, each number beside its null")
+    p.add_argument("run")
+
+    p = verb("caption", "caption images")
+    p.add_argument("run")
+    p.add_argument("images", nargs="+", help="image files or folders")
+    p.add_argument("--method", choices=("greedy", "sample", "beam"), default="greedy")
+    p.add_argument("--temperature", type=float, help="of sampling")
+    p.add_argument("--top-p", type=float, help="share of probability that sampling keeps")
+    p.add_argument("--beams", type=int, help="hypotheses of the beam search (4)")
+    p.add_argument("--repetition-penalty", type=float, help="1 is off")
+    p.add_argument("--seed", type=int, help="of sampling (0)")
+
+    p = verb("generate", "images with captions from seeds, or from a text")
+    p.add_argument("run")
+    p.add_argument("--out", default="generated", metavar="FOLDER")
+    p.add_argument("--n", type=int, default=16, help="how many (16)")
+    p.add_argument("--seed", type=int, default=0, help="of the first one (0)")
+    p.add_argument("--text", help="what the images shall show")
+    p.add_argument("--temperature", type=float, default=1.0, help="spread of the latents (1)")
+
+    p = verb("interpolate", "images and captions on the way between two images")
+    p.add_argument("run")
+    p.add_argument("a")
+    p.add_argument("b")
+    p.add_argument("--steps", type=int, default=8)
+    p.add_argument("--out", default="interpolated", metavar="FOLDER")
+
+    p = verb("reconstruct", "images decoded from their own latents, with PSNR")
+    p.add_argument("run")
+    p.add_argument("images", nargs="+")
+    p.add_argument("--out", default="reconstructed", metavar="FOLDER")
+
+    p = verb("search", "the images that fit a text or an image best")
+    p.add_argument("run")
+    p.add_argument("--in", dest="folder", metavar="FOLDER", help="where to search (default: the run's held-out items)")
+    p.add_argument("--text")
+    p.add_argument("--image")
+    p.add_argument("--top", type=int, default=5)
+
+    p = verb("encode", "latents of images, streamed into one file")
+    p.add_argument("run")
+    p.add_argument("images", nargs="+", help="image files or folders")
+    p.add_argument("--out", default="latents.safetensors", help=".safetensors or .parquet")
+
+    p = verb("bench", "our own evidence: speed against a bare loop, or the targets of a system")
+    p.add_argument("what", choices=("speed", "multimodal"))
+    p.add_argument("--out", default="benchmarks", metavar="FOLDER")
+    return parser, verbs.choices
+
+
+def _print_json(answer: Any) -> None:
+    print(json.dumps(answer, ensure_ascii=False, indent=2))
+
+
+def _tell_skipped(skipped: Any, found: Any) -> int:
+    for reason in skipped.reasons.values():
+        print(f"skipped: {reason}", file=sys.stderr)
+    return 0 if found else 2

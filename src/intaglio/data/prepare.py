@@ -1,0 +1,124 @@
+"""From a configuration to items ready to be batched: corpus, split, tokenizer, pixels, and a record of all that was
+dropped, cut or converted on the way."""
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from intaglio.config import DataConfig
+from intaglio.data import order
+from intaglio.data.batches import CaptionedImages
+from intaglio.data.cache import cache_folder, image_table
+from intaglio.data.corpus import Corpus
+from intaglio.data.engravings import Engravings
+from intaglio.data.folder import ImageFolder
+from intaglio.data.splits import split
+from intaglio.data.tokenizer import CaptionTokenizer
+
+BUILT_IN_ITEMS = 20_000
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """Everything that training and evaluation need of the data.
+
+    ``splits`` maps ``train`` and ``val`` to item numbers; ``fingerprint`` covers content, split and tokenizer.
+    """
+
+    corpus: Corpus
+    data: CaptionedImages
+    splits: dict[str, np.ndarray]
+    tokenizer: CaptionTokenizer
+    text_length: int
+    fingerprint: str
+    record: dict[str, Any]
+
+    def some(self, side: str, count: int) -> np.ndarray:
+        """At most ``count`` items of a side, the same ones each time, spread over all of it."""
+        items = self.splits[side]
+        return items[np.sort(order.permutation(len(items), 0, 0)[:count])]
+
+    def ids_of(self, items: np.ndarray) -> np.ndarray:
+        """All captions of the given items as ids, (M, L)."""
+        rows = [np.arange(self.data.first[i], self.data.first[i + 1]) for i in items]
+        return self.data.ids[np.concatenate(rows)]
+
+    def labels_of(self, items: np.ndarray) -> list[str | None]:
+        """The class of each item."""
+        return [self.corpus.label(int(i)) for i in items]
+
+
+def open_corpus(config: DataConfig, seed: int) -> Corpus:
+    """The corpus that the configuration names.
+
+    Raises:
+        ValueError: the source is neither ``engravings`` nor a usable folder.
+    """
+    if config.source == "engravings":
+        return Engravings(config.items or BUILT_IN_ITEMS, seed=seed)
+    return ImageFolder(
+        config.source,
+        size=config.image_size,
+        metadata=config.metadata,
+        columns=config.columns,
+        caption_template=config.caption_template,
+        bad_limit=config.bad_limit,
+        cache=cache_folder(config.cache),
+    )
+
+
+def prepare(
+    config: DataConfig, seed: int, vocabulary: int, tokenizer: CaptionTokenizer | None = None, text_length: int = 0
+) -> Prepared:
+    """Reads, splits and encodes. A run that goes on gives its own ``tokenizer`` and ``text_length``."""
+    corpus = open_corpus(config, seed)
+    sides, leaks = split(corpus, {"train": 1 - config.held_out, "val": config.held_out}, seed)
+    captions = [corpus.captions(i) for i in range(len(corpus))]
+    if tokenizer is None:
+        tokenizer = CaptionTokenizer.train((c for i in sides["train"] for c in captions[i]), vocabulary)
+    flat = [c for several in captions for c in several]
+    longest = tokenizer.encode(flat, config.text_length)
+    text_length = text_length or longest.ids.shape[1]
+    encoded = longest if text_length >= longest.ids.shape[1] else tokenizer.encode(flat, text_length)
+    first = np.concatenate([[0], np.cumsum([len(several) for several in captions])])
+    data = CaptionedImages(_pixels(corpus, config), encoded.ids, first)
+    record = {
+        "source": config.source,
+        "items": {side: len(items) for side, items in sides.items()},
+        "captions": len(flat),
+        "vocabulary": len(tokenizer),
+        "intake": corpus.intake.as_dict(),
+        "captions cut": encoded.truncated,
+        "unknown tokens": encoded.unknown,
+        "near-duplicate groups kept on one side": leaks,
+    }
+    return Prepared(corpus, data, sides, tokenizer, text_length, _fingerprint(corpus, sides, tokenizer), record)
+
+
+def _pixels(corpus: Corpus, config: DataConfig) -> np.ndarray:
+    if isinstance(corpus, ImageFolder):
+        return corpus.pixels()
+    return image_table(corpus, config.image_size, cache_folder(config.cache))
+
+
+def notices(prepared: Prepared) -> Sequence[str]:
+    """What a person must know about the data, as sentences; empty where all was well."""
+    record, said = prepared.record, []
+    for reason, count in record["intake"]["counts"].items():
+        said.append(f"{count} × {reason} (e.g. {record['intake']['examples'][reason][0]})")
+    if record["captions cut"]:
+        said.append(f"{record['captions cut']} of {record['captions']} captions cut to {prepared.text_length} tokens")
+    if record["unknown tokens"]:
+        said.append(f"{record['unknown tokens']} tokens of held-out captions are unknown to the tokenizer")
+    return said
+
+
+def _fingerprint(corpus: Corpus, sides: dict[str, np.ndarray], tokenizer: CaptionTokenizer) -> str:
+    digest = hashlib.sha256(corpus.fingerprint().encode())
+    for side in sorted(sides):
+        digest.update(side.encode() + np.ascontiguousarray(sides[side], dtype=np.int64).tobytes())
+    digest.update(tokenizer.to_json().encode())
+    return digest.hexdigest()

@@ -1,0 +1,1 @@
+"""Instruments, rules, findings: what a run's numbers allow to be said."""

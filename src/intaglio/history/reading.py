@@ -1,0 +1,33 @@
+"""One measured number with what it would be if nothing had been learned."""
+
+import math
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True)
+class Reading:
+    """A measurement in the unit of its name, beside its null at the same sample size.
+
+    Args:
+        value: what was measured.
+        null: its value under the null model, or None where none is known; it says nothing about the sign of "better".
+        n: number of samples that ``value`` rests on.
+        low: lower end of the 95 % interval, where the value was resampled.
+        high: its upper end.
+    """
+
+    value: float
+    null: float | None = None
+    n: int | None = None
+    low: float | None = None
+    high: float | None = None
+
+
+def share(hits: int, n: int, null: float | None = None) -> Reading:
+    """A proportion with Wilson's 95 % interval (Wilson 1927)."""
+    p, z2 = hits / n, 1.959964**2
+    centre, half = (
+        (p + z2 / (2 * n)) / (1 + z2 / n),
+        math.sqrt(p * (1 - p) / n * z2 + z2**2 / (4 * n**2)) / (1 + z2 / n),
+    )
+    return Reading(p, null, n, max(0.0, centre - half), min(1.0, centre + half))

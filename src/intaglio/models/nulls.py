@@ -1,0 +1,61 @@
+"""What can be had without looking: the models that a trained one must beat.
+
+Shapes: M captions, L positions, V vocabulary.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from intaglio.data.tokenizer import PAD
+
+
+@dataclass(frozen=True)
+class TextNull:
+    """Cross-entropy in nats per token and share of tokens right, START and padding not counted."""
+
+    nats: float
+    accuracy: float
+
+
+def unigram(train_ML: np.ndarray, test_ML: np.ndarray, vocabulary: int) -> TextNull:
+    """Each token from how often it occurs, one occurrence added to each."""
+    counts = np.bincount(_targets(train_ML), minlength=vocabulary) + 1.0
+    targets = _targets(test_ML)
+    return TextNull(float(-np.log(counts / counts.sum())[targets].mean()), float((targets == counts.argmax()).mean()))
+
+
+def bigram(train_ML: np.ndarray, test_ML: np.ndarray, vocabulary: int) -> TextNull:
+    """Each token from the one before it, with one part in ten of the unigram (Jelinek & Mercer 1980)."""
+    pairs = np.zeros((vocabulary, vocabulary))
+    np.add.at(pairs, _pairs(train_ML), 1.0)
+    single = pairs.sum(0) + 1.0
+    single /= single.sum()
+    after = 0.9 * pairs / np.maximum(pairs.sum(1, keepdims=True), 1.0) + 0.1 * single
+    previous, targets = _pairs(test_ML)
+    probability = after[previous, targets] / after[previous].sum(1)
+    return TextNull(float(-np.log(probability).mean()), float((after[previous].argmax(1) == targets).mean()))
+
+
+def majority(train_labels: list[str | None], test_labels: list[str | None]) -> float:
+    """Share of the test items that have the commonest training label."""
+    names, counts = np.unique([x for x in train_labels if x is not None], return_counts=True)
+    return float(np.mean([x == names[counts.argmax()] for x in test_labels]))
+
+
+def mean_image_error(train: np.ndarray, test: np.ndarray) -> float:
+    """Mean squared error, pixels in [0, 1], of answering with the mean training image; uint8 (N, S, S, 3) each."""
+    total = np.zeros(train.shape[1:])
+    for part in np.array_split(np.arange(len(train)), max(1, len(train) // 512)):
+        total += train[part].astype(np.float64).sum(0)
+    mean = total / len(train)
+    return float(np.mean([np.square(image - mean).mean() for image in test]) / 255**2)
+
+
+def _pairs(ids_ML: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    real = ids_ML[:, 1:] != PAD
+    return ids_ML[:, :-1][real], ids_ML[:, 1:][real]
+
+
+def _targets(ids_ML: np.ndarray) -> np.ndarray:
+    return _pairs(ids_ML)[1]

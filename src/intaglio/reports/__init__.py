@@ -1,0 +1,1 @@
+"""What a person looks at: proofs, the run's page, the summary in the terminal."""

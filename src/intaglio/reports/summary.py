@@ -1,0 +1,48 @@
+"""The end of a run in the terminal: each number beside its null, then the findings."""
+
+import textwrap
+from collections.abc import Iterable, Mapping, Sequence
+from itertools import chain
+
+from intaglio.health.finding import Finding
+from intaglio.history import Reading
+from intaglio.reports.words import beats_null, interval, paired, quantity, written
+
+MARKS = {True: "✓", False: "✗", None: " "}
+HEAD = ("", "quantity", "training", "held out", "95 % interval", "null", "the null is")
+
+
+def summary_lines(readings: Mapping[str, Reading], findings: Sequence[Finding]) -> list[str]:
+    """Lines for a terminal. ✓ stands before what beats its null with its whole interval, ✗ before what does not."""
+    rows = [_row(name, *sides) for name, sides in paired(dict(readings)).items()]
+    if not rows:
+        return ["nothing was measured", *_findings(findings)]
+    widths = [max(map(len, column)) for column in zip(HEAD, *rows, strict=True)]
+    table = [_line(row, widths) for row in (HEAD, *rows)]
+    return [*table, "", *_findings(findings)]
+
+
+def _row(name: str, train: Reading | None, val: Reading | None) -> tuple[str, ...]:
+    what, shown = quantity(name), val or train
+    assert shown is not None
+    title = f"{what.title} ({what.unit})" if what.unit not in ("", "%") else what.title
+    numbers = [written(r.value, what.unit) if r else "–" for r in (train, val)]
+    null = "unknown" if shown.null is None else written(shown.null, what.unit)
+    return (MARKS[beats_null(shown, what.better)], title, *numbers, interval(shown, what.unit), null, what.null)
+
+
+def _line(row: Iterable[str], widths: Sequence[int]) -> str:
+    """Names to the left, numbers to the right."""
+    aligned = (f"{cell:{'>' if 2 <= k <= 5 else '<'}{w}}" for k, (cell, w) in enumerate(zip(row, widths, strict=True)))
+    return "  ".join(aligned).rstrip()
+
+
+def _findings(findings: Sequence[Finding]) -> list[str]:
+    if not findings:
+        return ["No rule found a fault."]
+    return list(chain.from_iterable(map(_finding, findings)))
+
+
+def _finding(finding: Finding) -> list[str]:
+    said = textwrap.wrap(f"{finding.severity}: {finding.message} [{finding.rule}]", 100, subsequent_indent="  ")
+    return [*said, *(f"  try: {remedy}" for remedy in finding.remedies)]

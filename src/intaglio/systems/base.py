@@ -1,0 +1,127 @@
+"""What every system is: a LightningModule whose loss terms are summed here and nowhere else."""
+
+from abc import abstractmethod
+from collections.abc import Mapping
+from typing import Any
+
+import lightning as L
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from intaglio.config import Config
+from intaglio.history.reading import Reading
+from intaglio.objectives import Term
+from intaglio.objectives.distributed import processes, rank
+from intaglio.systems.optimizers import configure, parameter_groups
+
+
+class NonFiniteStep(RuntimeError):
+    """A gradient or loss was not finite; the optimizer step that it belonged to was not taken."""
+
+
+class System(L.LightningModule):
+    """A model and how it is trained.
+
+    A subclass gives ``loss_terms``, ``taps`` and ``nulls``. ``training_step`` reads: terms, their weighted sum, its
+    gradient. The weight that is logged is the number that multiplied (law 7).
+    """
+
+    model: nn.Module
+
+    def __init__(self, config: Config, steps: int):
+        super().__init__()
+        self.config, self.steps = config, steps
+        self.terms: dict[str, Term] = {}
+        self.weights: dict[str, float] = {}
+        self.rate = 0.0
+        self.total = torch.tensor(torch.nan)
+        self.gradient_norm = torch.tensor(torch.nan)
+
+    @abstractmethod
+    def loss_terms(self, batch: Any) -> dict[str, Term]:
+        """The parts of the loss on one batch, each a scalar with its weight."""
+
+    @abstractmethod
+    def taps(self) -> Mapping[str, nn.Module]:
+        """Modules whose outputs are worth watching, by the site name that they have in the history."""
+
+    @abstractmethod
+    def nulls(self) -> Mapping[str, float]:
+        """What each loss term would be if nothing had been learnt, where that is known."""
+
+    def weigh(self, terms: Mapping[str, Term]) -> Tensor:
+        """Σ weight · value, in the order of the terms; keeps the weights that it used."""
+        self.weights = {name: float(weight) for name, (_, weight) in terms.items()}
+        return torch.stack([weight * value.float() for value, weight in terms.values()]).sum()
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        torch.manual_seed(self.noise_seed(batch_idx))
+        terms = self.loss_terms(batch)
+        total = self.weigh(terms)
+        self.terms = {name: Term(value.detach(), weight) for name, (value, weight) in terms.items()}
+        self.total = total.detach()
+        return total
+
+    def noise_seed(self, micro_step: int) -> int:
+        """Seed of everything random in one forward pass: a function of (seed, rank, step) and no other state."""
+        return _key(self.config.seed, 0, rank(), micro_step)
+
+    def noise_like(self, x: Tensor) -> Tensor:
+        """N(0, 1) of the shape of ``x``, cut from one draw for the global batch: the same items get the same noise
+        however many processes share them."""
+        shape = (len(x) * processes(), *x.shape[1:])
+        generator = torch.Generator().manual_seed(_key(self.config.seed, 1, self.micro_step))
+        whole = torch.randn(shape, generator=generator)
+        return whole[rank() * len(x) : (rank() + 1) * len(x)].to(x)
+
+    @property
+    def bf16(self) -> bool:
+        return self.config.train.precision == "bf16"
+
+    @property
+    def micro_step(self) -> int:
+        """Forward passes so far, over all epochs and resumptions."""
+        return self.global_step * self.config.train.accumulate + self._pass
+
+    _pass = 0
+
+    def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
+        self._pass = batch_idx % self.config.train.accumulate
+
+    def configure_optimizers(self) -> Any:
+        return configure(parameter_groups(self, self.config.optim.decay), self.config.optim, self.steps)
+
+    def on_train_start(self) -> None:
+        """A resumed optimizer brings the rate of the run's old length; the present length decides."""
+        schedule: Any = self.lr_schedulers()
+        groups = schedule.optimizer.param_groups
+        for group, base, share in zip(groups, schedule.base_lrs, schedule.lr_lambdas, strict=True):
+            group["lr"] = base * share(schedule.last_epoch)
+
+    def configure_gradient_clipping(self, optimizer: torch.optim.Optimizer, *args: Any, **kwargs: Any) -> None:
+        """Clips to ``optim.clip`` and stops before a non-finite gradient reaches the weights."""
+        self.rate = optimizer.param_groups[0]["lr"]
+        parameters = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+        self.gradient_norm = nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+        if not torch.isfinite(self.gradient_norm):
+            terms = ", ".join(f"{name} {float(t.value):.4g}" for name, t in self.terms.items())
+            raise NonFiniteStep(
+                f"Step {self.global_step + 1}: the gradient norm is {float(self.gradient_norm)} (loss terms: {terms}). "
+                "The step was not taken. Train anew with a lower --optim.rate, a longer --optim.warmup, or with "
+                "--train.precision fp32."
+            )
+        if self.config.optim.clip > 0:
+            nn.utils.clip_grads_with_norm_(parameters, self.config.optim.clip, self.gradient_norm)
+
+    @abstractmethod
+    def measure(self, batch: Any) -> dict[str, tuple[Tensor, Tensor]]:
+        """Held-out quantities of one batch as (sum, count), to be added up over batches and processes."""
+
+    def evaluate(self) -> dict[str, Reading]:
+        """The system's target quantities on held-out items, each beside its null; the model is in eval mode."""
+        raise NotImplementedError
+
+
+def _key(*parts: int) -> int:
+    return int(np.random.SeedSequence(parts).generate_state(1, np.uint64)[0] >> np.uint64(1))

@@ -1,0 +1,142 @@
+"""One latent, an image and a caption: how the multimodal model is trained.
+
+Shapes: B batch, S image side, T text positions, Z latent dimensions, V vocabulary.
+"""
+
+import math
+from collections.abc import Mapping
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from intaglio.config import MultimodalConfig, to_dict
+from intaglio.data.batches import Batch
+from intaglio.data.prepare import Prepared
+from intaglio.data.tokenizer import PAD
+from intaglio.models import nulls
+from intaglio.models.multimodal import MultimodalModel
+from intaglio.models.networks import DocumentedNetwork
+from intaglio.objectives import Term
+from intaglio.objectives.contrastive import infonce, sigmoid_pairs
+from intaglio.objectives.gaussian import kl_to_standard, sample
+from intaglio.objectives.image import l1_plus_mse
+from intaglio.objectives.text import caption_cross_entropy, token_nats
+from intaglio.systems.base import System
+
+
+class Pairing(nn.Module):
+    """The learnt temperature of the contrastive loss, and SigLIP's bias; the document's temperature is fixed."""
+
+    def __init__(self, temperature: float, pairing: str):
+        super().__init__()
+        scale = torch.tensor(1 / temperature).log()
+        self.log_scale: Tensor
+        if pairing == "self":
+            self.register_buffer("log_scale", scale)
+        else:
+            self.log_scale = nn.Parameter(scale)
+        if pairing == "sigmoid":
+            self.bias = nn.Parameter(torch.tensor(-10.0))
+
+
+class MultimodalSystem(System):
+    """Reconstruction, caption, contrast between image and text, KL to N(0, I)."""
+
+    config: MultimodalConfig
+    model: MultimodalModel
+
+    def __init__(self, config: MultimodalConfig, steps: int, model: MultimodalModel, nulls: Mapping[str, float]):
+        super().__init__(config, steps)
+        self.model = model
+        self.pairing = Pairing(config.loss.temperature, config.loss.pairing)
+        self._nulls = dict(nulls)
+
+    def loss_terms(self, batch: Batch) -> dict[str, Term]:
+        weights, network = self.config.loss, self.model.network
+        images = self.model.to_range(batch.images)
+        q = network.encode_image(images)
+        z = sample(q.mean, q.log_variance, self.noise_like(q.mean)) if self.training else q.mean
+        logits_BTV = network.caption_logits(z, batch.ids[:, :-1])
+        terms = {
+            "reconstruction": Term(l1_plus_mse(self.model.decode_image(z), images), weights.reconstruction),
+            "caption": Term(caption_cross_entropy(logits_BTV, batch.ids[:, 1:], PAD), weights.caption),
+        }
+        if isinstance(network, DocumentedNetwork):
+            unit = network.embed_image(z)
+            terms["contrastive"] = Term(infonce(unit, unit, self.pairing.log_scale), weights.contrastive)
+            return terms
+        text = network.embed_text(batch.ids, batch.ids != PAD)
+        return terms | {
+            "contrastive": Term(self.contrast(network.embed_image(q.mean), text), weights.contrastive),
+            "kl": Term(kl_to_standard(q.mean, q.log_variance).mean(), weights.kl),
+        }
+
+    def contrast(self, image_BE: Tensor, text_BE: Tensor) -> Tensor:
+        if self.config.loss.pairing == "infonce":
+            return infonce(image_BE, text_BE, self.pairing.log_scale)
+        return sigmoid_pairs(image_BE, text_BE, self.pairing.log_scale, self.pairing.bias)
+
+    def measure(self, batch: Batch) -> dict[str, tuple[Tensor, Tensor]]:
+        """Sums over held-out items, decoded from the mean of q(z|x): nats and right tokens, squared image error."""
+        network, targets = self.model.network, batch.ids[:, 1:]
+        images = self.model.to_range(batch.images)
+        z = network.encode_image(images).mean
+        logits_BTV = network.caption_logits(z, batch.ids[:, :-1])
+        real = targets != PAD
+        right = (logits_BTV.argmax(-1) == targets) & real
+        error = self.model.to_unit(self.model.decode_image(z)) - self.model.to_unit(images)
+        items, tokens = torch.tensor(float(len(images))), real.sum().cpu().float()
+        sums = {
+            "loss/caption": (token_nats(logits_BTV, targets, PAD).sum(), tokens),
+            "caption/token_accuracy": (right.sum(), tokens),
+            "image/mse": (error.square().mean((1, 2, 3)).sum(), items),
+        }
+        for name, term in self.loss_terms(batch).items():
+            if name != "caption":
+                sums[f"loss/{name}"] = (term.value * items.to(term.value), items)
+        return sums
+
+    def taps(self) -> dict[str, nn.Module]:
+        network = self.model.network
+        sites: dict[str, nn.Module] = {"image_latent": network.image_encoder, "text_decoder": network.text_decoder}
+        if not isinstance(network, DocumentedNetwork):
+            sites["text_encoder"] = network.text_encoder
+        return sites
+
+    def nulls(self) -> Mapping[str, float]:
+        return self._nulls
+
+
+def null_readings(config: MultimodalConfig, prepared: Prepared) -> dict[str, float]:
+    """What held-out quantities would be if nothing had been learnt."""
+    train, val = prepared.splits["train"], prepared.some("val", config.train.validate_items)
+    text = nulls.bigram(prepared.ids_of(train), prepared.ids_of(val), len(prepared.tokenizer))
+    images = prepared.data.images
+    looks = [len(x) for x in np.array_split(val, range(config.train.batch_size, len(val), config.train.batch_size))]
+    return {
+        "loss/caption": text.nats,
+        "caption/token_accuracy": text.accuracy,
+        "image/mse": nulls.mean_image_error(images[prepared.some("train", 4096)], images[val]),
+        "loss/contrastive": sum(n * chance(n, config.loss.pairing) for n in looks) / len(val),
+    }
+
+
+def chance(n: int, pairing: str) -> float:
+    """The contrastive loss of one item among ``n`` when all pairs look alike, nats."""
+    if pairing == "sigmoid" and n > 1:  # the entropy of one pair in n, for each of the n
+        return math.log(n) + (n - 1) * math.log(n / (n - 1))
+    return math.log(n)
+
+
+def build(config: MultimodalConfig, prepared: Prepared, model: MultimodalModel | None = None) -> MultimodalSystem:
+    """The system with fresh weights from the seed, or around a trained ``model``."""
+    if model is None:
+        torch.manual_seed(config.seed)
+        sizes = (config.data.image_size, prepared.text_length, len(prepared.tokenizer))
+        plain = to_dict(config)
+        model = MultimodalModel(plain["model"], plain["prior"], *sizes)
+        model.tokenizer = prepared.tokenizer
+    assert config.train.steps is not None, "steps are resolved before a system is built"
+    model.train()  # one that was loaded is in eval mode, without dropout
+    return MultimodalSystem(config, config.train.steps, model, null_readings(config, prepared))

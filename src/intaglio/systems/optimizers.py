@@ -1,0 +1,47 @@
+"""Parameter groups, optimizer and schedule, as every system uses them."""
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from intaglio.config import OptimConfig
+from intaglio.objectives.schedules import warmup_constant, warmup_cosine
+
+
+def parameter_groups(model: nn.Module, decay: float) -> list[dict[str, Any]]:
+    """Matrices and kernels with weight decay; biases, norms and embeddings without.
+
+    Each trainable tensor stands in exactly one group; a tensor that two modules share counts once.
+    """
+    embeddings = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
+    trainable = [p for p in model.parameters() if p.requires_grad]
+    decayed = [p for p in trainable if p.ndim >= 2 and id(p) not in embeddings]
+    rest = [p for p in trainable if p.ndim < 2 or id(p) in embeddings]
+    return [
+        {"name": "matrices", "params": decayed, "weight_decay": decay},
+        {"name": "biases, norms, embeddings", "params": rest, "weight_decay": 0.0},
+    ]
+
+
+def configure(groups: list[dict[str, Any]], config: OptimConfig, steps: int) -> dict[str, Any]:
+    """Optimizer and schedule in Lightning's form; the schedule counts optimizer steps."""
+    kind = {"adamw": torch.optim.AdamW, "adam": torch.optim.Adam}[config.kind]
+    optimizer = kind(groups, lr=config.rate, betas=config.betas)
+
+    def share(step: int) -> float:
+        if config.schedule == "constant":
+            return warmup_constant(step, config.warmup)
+        return warmup_cosine(step, steps, config.warmup, config.floor / config.rate)
+
+    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, share)
+    return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+
+def describe_groups(groups: list[dict[str, Any]], rate: float) -> list[str]:
+    """A line for each group: tensors, parameters, rate, decay."""
+    return [
+        f"{g['name']}: {sum(p.numel() for p in g['params']):,} parameters in {len(g['params'])} tensors, "
+        f"rate {rate:g}, decay {g['weight_decay']:g}"
+        for g in groups
+    ]

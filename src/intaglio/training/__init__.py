@@ -1,0 +1,1 @@
+"""Assembly of the trainer: device, EMA, checkpoints, history, validation."""

@@ -1,0 +1,101 @@
+"""After the last step: the prior, the saved model, the numbers beside their nulls, the findings, the page."""
+
+import json
+import shutil
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import asdict
+from typing import Any
+
+import numpy as np
+import torch
+
+from intaglio.config import MultimodalConfig
+from intaglio.data.cache import cache_folder
+from intaglio.data.prepare import Prepared
+from intaglio.health.finding import Finding
+from intaglio.health.rules import generalisation
+from intaglio.history import HistoryWriter, Reading, read_history, to_parquet
+from intaglio.history.run_folder import RunFolder, write_atomically
+from intaglio.models.classifier import Judge, judge
+from intaglio.models.multimodal import MultimodalModel
+from intaglio.reports.page import write_page
+from intaglio.reports.proofs import make_proofs
+from intaglio.reports.summary import summary_lines
+from intaglio.systems import prior
+from intaglio.systems.multimodal_evaluation import evaluate
+
+
+def finish(
+    folder: RunFolder, model: MultimodalModel, prepared: Prepared, step: int, say: Callable[[str], None]
+) -> None:
+    """Fits the prior, saves the model, measures, judges, proves and writes the page."""
+    model.eval()
+    say("fitting the prior to the latents of the training items")
+    begun = time.monotonic()
+    config = folder.config()
+    assert isinstance(config, MultimodalConfig)
+    prior.fit(model, prepared, config.prior, config.seed, config.train.precision == "bf16", say)
+    folder.update(train_seconds=round(folder.record["train_seconds"] + time.monotonic() - begun, 1))
+    save_model(folder, model)
+    say("measuring on held-out items")
+    readings = measure(model, prepared, folder)
+    written = read_history(folder.metrics)
+    named = set(written.filter(written["step"] == step)["name"])
+    with HistoryWriter(folder.metrics) as history:
+        history.write(step, float(written["epoch"][-1]), {n: r for n, r in readings.items() if n not in named})
+    make_proofs(model, prepared, folder.proofs(step))
+    to_parquet(folder.metrics)
+    conclude(folder, readings, step, say)
+
+
+def measure(model: MultimodalModel, prepared: Prepared, folder: RunFolder) -> dict[str, Reading]:
+    """The system's quantities on held-out items, with an independent judge where the items have labels."""
+    config = folder.config()
+    torch.manual_seed(config.seed)
+    return evaluate(model, prepared, independent_judge(prepared, cache_folder(config.data.cache)))
+
+
+def conclude(folder: RunFolder, readings: Mapping[str, Reading], step: int, say: Callable[[str], None]) -> None:
+    """Writes ``evaluation.json``, ``findings.json`` and the page, and prints the summary."""
+    findings = generalisation.judge(readings)
+    seconds = folder.record.get("train_seconds")
+    numbers = {name: asdict(r) for name, r in readings.items()}
+    write_json(folder, "evaluation.json", {"step": step, "seconds": seconds, "readings": numbers})
+    write_json(folder, "findings.json", verdict(findings))
+    page = write_page(folder)
+    for line in summary_lines(readings, findings):
+        say(line)
+    say(f"page: {page}")
+
+
+def verdict(findings: list[Finding]) -> dict[str, Any]:
+    """The verdict as it stands in ``findings.json``: never healthy while rules are missing."""
+    severities = {f.severity for f in findings}
+    word = "failing" if "fail" in severities else "warnings" if "warning" in severities else "cannot tell"
+    missing = [{"reason": "only generalisation is judged so far; the other rules of this system are not built yet"}]
+    return {"verdict": word, "findings": [asdict(f) for f in findings], "not_measured": missing}
+
+
+def independent_judge(prepared: Prepared, cache: Any) -> Judge | None:
+    """A classifier of main objects, or None where the items have no labels or fewer than ten of a class to learn."""
+    labels = {side: prepared.labels_of(prepared.splits[side]) for side in ("train", "val")}
+    known = [x for x in labels["train"] if x is not None]
+    if len(set(known)) < 2 or len(known) < len(labels["train"]) or min(np.unique(known, return_counts=True)[1]) < 10:
+        return None
+    train, val = prepared.splits["train"], prepared.splits["val"]
+    return judge(prepared.data.images, train, known, val, [str(x) for x in labels["val"]], cache)
+
+
+def save_model(folder: RunFolder, model: MultimodalModel) -> None:
+    """Writes ``model/`` so that it is whole or absent."""
+    part = folder.path / ".model.part"
+    shutil.rmtree(part, ignore_errors=True)
+    model.save_pretrained(part)
+    shutil.rmtree(folder.model, ignore_errors=True)
+    part.rename(folder.model)
+
+
+def write_json(folder: RunFolder, name: str, content: Any) -> None:
+    """One JSON file of the run folder, atomically."""
+    write_atomically(folder.path / name, json.dumps(content, indent=2, ensure_ascii=False) + "\n")

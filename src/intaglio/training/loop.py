@@ -1,0 +1,230 @@
+"""What happens after an optimizer step, in this order and nowhere else: EMA, history, validation, checkpoint, stop.
+
+One callback does it so that the order cannot change: a checkpoint holds everything that its step did, and a resumed run
+repeats nothing and skips nothing.
+"""
+
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import nullcontext
+from itertools import islice
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import lightning as L
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from intaglio.config import Config
+from intaglio.data.batches import TrainingBatches
+from intaglio.history import HistoryWriter, Reading
+from intaglio.objectives.distributed import alone, mean_over_processes, processes
+from intaglio.systems.base import System
+from intaglio.training import checkpoint
+from intaglio.training.ema import EMA
+
+STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
+
+
+class AfterStep(L.Callback):
+    """Everything that follows an optimizer step.
+
+    ``held_out`` yields the fixed validation batches of this process; ``prove`` makes the pictures of a step.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        history: HistoryWriter | None,
+        folder: Path,
+        batches: TrainingBatches,
+        items: int,
+        held_out: Callable[[], Iterator[Any]],
+        ema: EMA | None,
+        prove: Callable[[System, int], None] | None,
+        identity: dict[str, Any],
+    ):
+        self.config, self.history, self.folder, self.batches, self.items = config, history, folder, batches, items
+        self.held_out, self.ema, self.prove, self.identity = held_out, ema, prove, identity
+        self.best, self.best_step, self.looks_since_best = float("inf"), 0, 0
+        self.latest: dict[str, float] = {}
+        self.looks = 0
+        self.stopped_by: str | None = None
+        self.done = 0
+        self._clock = (0.0, 0, 0.0)
+        self._handlers: dict[int, Any] = {}
+
+    # state that a resumed run needs
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"best": self.best, "best_step": self.best_step, "looks_since_best": self.looks_since_best}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.__dict__.update(state_dict)
+
+    # hooks
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: Any) -> None:
+        self._refuse_unmeasured_monitor(pl_module)
+        self.done = trainer.global_step
+        self._clock = (time.perf_counter(), self.done, self.batches.waited)
+        if threading.current_thread() is threading.main_thread():
+            self._handlers = {s: signal.signal(s, self._ask_to_stop) for s in STOP_SIGNALS}
+
+    def on_train_batch_end(self, trainer: L.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+        step = trainer.global_step
+        if step == self.done:  # gradients were only accumulated
+            return
+        self.done = step
+        train = self.config.train
+        if self.ema:
+            self.ema.update(pl_module)
+        last = step == trainer.max_steps
+        if step % train.log_every == 0 or last:
+            self._log_training(trainer, pl_module, step)
+        if step % train.validate_every == 0 or last:
+            self._validate(trainer, pl_module, step)
+        stop = self._everyone_agrees_to_stop(pl_module.device)
+        if step % train.checkpoint_every == 0 or last or stop:
+            self._checkpoint(trainer, step)
+        if stop:
+            trainer.should_stop = True
+
+    def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        for which, handler in self._handlers.items():
+            signal.signal(which, handler)
+        self._handlers = {}
+
+    # the parts
+
+    def _log_training(self, trainer: L.Trainer, system: System, step: int) -> None:
+        now, waited = time.perf_counter(), self.batches.waited
+        begun, first, waited_before = self._clock
+        self._clock = (now, step, waited)
+        elapsed = max(now - begun, 1e-9)
+        values = mean_over_processes(torch.stack([*(t.value.float() for t in system.terms.values()), system.total]))
+        rows = dict(
+            zip([*(f"train/loss/{name}" for name in system.terms), "train/loss/total"], values.tolist(), strict=True)
+        )
+        rows |= {f"train/weight/{name}": float(t.weight) for name, t in system.terms.items()}
+        rows["train/optimizer/rate"] = system.rate
+        rows["train/optimizer/gradient_norm"] = float(system.gradient_norm)
+        micro = (step - first) * self.config.train.accumulate
+        rows["train/speed/items_per_second"] = micro * self.config.train.batch_size / elapsed
+        rows["train/speed/wait_share"] = (waited - waited_before) / elapsed
+        self._write(trainer, step, {k: Reading(v) for k, v in rows.items()})
+
+    def _validate(self, trainer: L.Trainer, system: System, step: int) -> None:
+        begun = time.perf_counter()
+        readings = measure(system, self.held_out(), self.ema)
+        self._write(trainer, step, readings)
+        self.latest = {name: r.value for name, r in readings.items()}
+        self.looks += 1
+        monitored = self.latest[self.config.train.monitor]
+        if monitored < self.best:
+            self.best, self.best_step, self.looks_since_best = monitored, step, 0
+        else:
+            self.looks_since_best += 1
+        if self.config.train.patience and self.looks_since_best >= self.config.train.patience:
+            self.stopped_by = f"early stop: {self.looks_since_best} looks without a better {self.config.train.monitor}"
+        if self.prove and trainer.is_global_zero:
+            with self.ema.applied(system) if self.ema else nullcontext():
+                self.prove(system, step)
+        self._clock = (self._clock[0] + time.perf_counter() - begun, *self._clock[1:])
+
+    def _refuse_unmeasured_monitor(self, system: System) -> None:
+        """Finds out before the first step, from one batch, whether ``train.monitor`` is measured at all."""
+        measured = measure(system, islice(self.held_out(), 1), None)
+        if self.config.train.monitor not in measured:
+            raise ValueError(
+                f"train.monitor is {self.config.train.monitor!r}, which is not measured. Measured on held-out items: "
+                f"{', '.join(sorted(measured))}."
+            )
+
+    def _checkpoint(self, trainer: L.Trainer, step: int) -> None:
+        trainer.save_checkpoint(self.folder / checkpoint.name(step))
+        if trainer.is_global_zero:
+            whole = sorted(self.folder.glob("step-*.ckpt"))
+            kept = {p.name for p in whole[-self.config.train.keep :]} | {checkpoint.name(self.best_step)}
+            for path in whole:
+                if path.name not in kept:
+                    path.unlink()
+
+    def on_save_checkpoint(self, trainer: L.Trainer, pl_module: Any, content: dict[str, Any]) -> None:
+        content["intaglio"] = {**self.identity, "position": trainer.global_step * self.config.train.accumulate}
+
+    def _write(self, trainer: L.Trainer, step: int, readings: dict[str, Reading]) -> None:
+        if self.history:
+            epoch = step * self.config.train.accumulate * self.config.train.batch_size / self.items
+            self.history.write(step, round(epoch, 4), readings)
+            self.history.flush()
+        for logger in trainer.loggers:
+            logger.log_metrics({name: r.value for name, r in readings.items()}, step=step)
+
+    def _ask_to_stop(self, number: int, frame: FrameType | None) -> None:
+        if self.stopped_by and number == signal.SIGINT:  # a second Ctrl-C means now
+            raise KeyboardInterrupt
+        self.stopped_by = f"signal {signal.Signals(number).name}"
+
+    def _everyone_agrees_to_stop(self, device: torch.device) -> bool:
+        """A reason to stop that one process has becomes every process's."""
+        if processes() == 1:
+            return self.stopped_by is not None
+        flag = torch.tensor(float(self.stopped_by is not None), device=device)
+        dist.all_reduce(flag)
+        if flag > 0:
+            reasons: list[Any] = [None] * processes()
+            dist.all_gather_object(reasons, self.stopped_by)
+            self.stopped_by = next(filter(None, reasons))
+        return bool(flag > 0)
+
+
+@torch.no_grad()
+def measure(system: System, batches: Iterator[Any], ema: EMA | None) -> dict[str, Reading]:
+    """Held-out readings with their nulls, in eval mode with averaged weights; the training state comes back as it was.
+
+    The total weighs the terms as training does. Each process measures its own batches, as if it were alone; the sums
+    and counts are added over the processes.
+    """
+    sums: dict[str, Tensor] = {}
+    training = [m for m in system.modules() if m.training]
+    state = torch.get_rng_state()
+    system.eval()
+    try:
+        with alone(), ema.applied(system) if ema else nullcontext():
+            _add_up(system, batches, sums)
+    finally:
+        for module in training:
+            module.training = True
+        torch.set_rng_state(state)
+    if processes() > 1:
+        sums = _over_processes(sums)
+    nulls = system.nulls()
+    readings = {
+        f"val/{name}": Reading(float(total / count), nulls.get(name), int(count))
+        for name, (total, count) in sums.items()
+    }
+    weighted = [weight * readings[f"val/loss/{name}"].value for name, weight in system.weights.items()]
+    return readings | {"val/loss/total": Reading(sum(weighted), nulls.get("loss/total"))}
+
+
+def _over_processes(sums: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Sums of the same name added up, in the order of the ranks; a process without batches has none."""
+    everyone: list[Any] = [None] * processes()
+    dist.all_gather_object(everyone, sums)
+    names = dict.fromkeys(name for theirs in everyone for name in theirs)
+    return {name: sum(theirs[name] for theirs in everyone if name in theirs) for name in names}
+
+
+def _add_up(system: System, batches: Iterator[Any], sums: dict[str, Tensor]) -> None:
+    for batch in batches:
+        batch = system.transfer_batch_to_device(batch, system.device, 0)
+        with torch.autocast(system.device.type, torch.bfloat16, enabled=system.bf16):
+            measured = system.measure(batch)
+        for name, (total, count) in measured.items():
+            pair = torch.stack([total.detach().double().cpu(), count.detach().double().cpu()])
+            sums[name] = sums[name] + pair if name in sums else pair

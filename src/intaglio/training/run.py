@@ -1,0 +1,315 @@
+"""One training run from a configuration to a run folder with a model, its proofs and its numbers."""
+
+import logging
+import math
+import sys
+import time
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import suppress
+from dataclasses import replace
+from itertools import islice
+from pathlib import Path
+
+import lightning as L
+import torch
+import torch.distributed as dist
+from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.strategies import DDPStrategy
+from rich.console import Console
+
+from intaglio import config as configuration
+from intaglio.config import Config, MultimodalConfig
+from intaglio.data.batches import Batch, TrainingBatches, fixed_batches
+from intaglio.data.prepare import Prepared, notices, prepare
+from intaglio.data.tokenizer import CaptionTokenizer
+from intaglio.history import HistoryWriter, run_folder
+from intaglio.history.run_folder import RunFolder
+from intaglio.models.multimodal import MultimodalModel, of_run
+from intaglio.reports.proofs import make_proofs
+from intaglio.systems import multimodal
+from intaglio.systems.base import System
+from intaglio.systems.optimizers import describe_groups
+from intaglio.training import checkpoint, device, launch
+from intaglio.training.ema import EMA
+from intaglio.training.finish import finish
+from intaglio.training.loop import AfterStep
+from intaglio.training.progress import ProgressReport
+
+
+def train(
+    recipe: str | Path | None = None,
+    overrides: Sequence[str] = (),
+    *,
+    resume: str | Path | None = None,
+    parent: str | Path | None = None,
+    dry_run: bool = False,
+    quiet: bool = False,
+) -> RunFolder | None:
+    """Trains a recipe, goes on with a run, or fine-tunes one; returns the run folder (None after a dry run).
+
+    Args:
+        recipe: name or path; not given with ``resume``, optional with ``parent``.
+        overrides: ``--key.sub value`` words.
+        resume: run folder or checkpoint file to go on with; only the length may change.
+        parent: run whose model is fine-tuned with a fresh optimizer, at a tenth of its rate unless one is given.
+        dry_run: prepares everything, takes one step on a throw-away copy, writes nothing.
+
+    Raises:
+        ValueError: anything that the user can put right; says how.
+    """
+    say = _Teller(quiet or launch.rank() > 0)
+    if resume is not None:
+        return _resume(resume, overrides, recipe, say)
+    model, tokenizer, length = None, None, 0
+    source = run_folder.find(parent) if parent is not None else None
+    if source is not None:
+        config = configuration.load(recipe or source.path / "config.yaml", overrides)
+        if not any(word.split("=")[0] == "--optim.rate" for word in overrides):
+            optim = replace(config.optim, rate=config.optim.rate / 10, floor=config.optim.floor / 10)
+            config = replace(config, optim=optim)
+            say(f"fine-tuning at a tenth of the rate: {config.optim.rate:g}; --optim.rate sets another")
+        model = of_run(source)
+        tokenizer, length = model.tokenizer, model.text_length
+        _refuse_other_shape(model, _multimodal(config), source)
+    elif recipe is None:
+        raise ValueError(f"Which recipe? One of: {', '.join(configuration.recipes())}; or --resume RUN, --from RUN.")
+    else:
+        config = configuration.load(recipe, overrides)
+    config, reasons = _resolve_machine(config)
+    say(f"device {config.train.device} ({reasons['device']}), {config.train.precision} ({reasons['precision']})")
+    prepared = prepare(config.data, config.seed, _multimodal(config).model.vocabulary, tokenizer, length)
+    config = _resolve_length(config, prepared)
+    _tell_data(say, prepared)
+    if dry_run:
+        _one_step(config, prepared, say)
+        return None
+    folder = None
+    if launch.rank() == 0:
+        folder = run_folder.create(config, sys.argv, source.record["id"] if source else None)
+        folder.update(data=prepared.record, fingerprint=prepared.fingerprint, machine_choice=reasons)
+        for notice in notices(prepared):
+            folder.notice(notice)
+        say(f"run folder {folder.path}")
+    return _fit(config, prepared, folder, None, model, say)
+
+
+def _resume(path: str | Path, overrides: Sequence[str], recipe: str | Path | None, say: "_Teller") -> RunFolder:
+    if recipe is not None:
+        raise ValueError(
+            f"--resume goes on with the run's own configuration: leave the recipe {recipe} out. To train a run's model "
+            f"with another recipe: intaglio train {recipe} --from {path}"
+        )
+    given = Path(path)
+    folder = run_folder.find(given.parent.parent if given.suffix == ".ckpt" else given)
+    source = given if given.suffix == ".ckpt" else checkpoint.newest(folder.checkpoints)
+    saved = checkpoint.read(source)["intaglio"]
+    old = folder.config()
+    config = configuration.load(folder.path / "config.yaml", overrides)
+    checkpoint.refuse_other_recipe(old, config, folder.path)
+    config, _ = _resolve_machine(config)
+    tokenizer = CaptionTokenizer.from_json(saved["tokenizer"])
+    prepared = prepare(config.data, config.seed, _multimodal(config).model.vocabulary, tokenizer, saved["text_length"])
+    if prepared.fingerprint != saved["fingerprint"]:
+        raise ValueError(
+            f"The data of {folder.path} has changed since the checkpoint ({config.data.source}: other images, captions "
+            f"or split). Put the data back, or fine-tune on the new data with --from {folder.path}."
+        )
+    config = _resolve_length(config, prepared)
+    if launch.rank() == 0:
+        folder.save_config(config)
+        resumed = [*folder.record.get("resumed", []), {"from": source.name, "command": sys.argv}]
+        folder.update(status="running", stopped_by=None, error=None, resumed=resumed)
+        for part in folder.checkpoints.glob(".*.part"):  # a checkpoint that a killed process was writing
+            part.unlink()
+    say(f"resuming {folder.path} from {source.name}")
+    return _fit(config, prepared, folder, source, None, say)
+
+
+def _fit(
+    config: Config,
+    prepared: Prepared,
+    folder: RunFolder | None,
+    source: Path | None,
+    model: MultimodalModel | None,
+    say: "_Teller",
+) -> RunFolder:
+    """Trains, then measures and writes; leaves ``run.json`` saying how it ended whatever happens."""
+    system = multimodal.build(_multimodal(config), prepared, model)
+    for line in describe_groups(system.configure_optimizers()["optimizer"].param_groups, config.optim.rate):
+        say(line)
+    begun = time.monotonic()
+    done = int(checkpoint.read(source)["global_step"]) if source else 0
+    try:
+        after = _run_trainer(config, prepared, system, folder, source, done, say)
+        if dist.is_initialized():
+            dist.destroy_process_group()
+        if folder is None:  # not the first process: the first one writes
+            raise SystemExit(0)
+        seconds = folder.record.get("train_seconds", 0.0) + time.monotonic() - begun
+        folder.update(train_seconds=round(seconds, 1), step=after.done)
+        if after.stopped_by and after.stopped_by.startswith("signal"):
+            folder.update(status="interrupted", stopped_by=after.stopped_by.removeprefix("signal "))
+            say(f"Stopped by {after.stopped_by} after step {after.done}; everything is saved.", always=True)
+            say(f"Go on with: intaglio train --resume {folder.path}", always=True)
+            return folder
+        if after.ema:
+            after.ema.apply_for_good(system)
+        if after.stopped_by:
+            folder.notice(after.stopped_by)
+        finish(folder, system.model, prepared, after.done, say)
+        folder.update(status="finished", stopped_by=None)
+    except BaseException as error:
+        if folder is not None and not isinstance(error, SystemExit):
+            status = "interrupted" if isinstance(error, KeyboardInterrupt) else "failed"
+            with suppress(OSError):  # on a full disk the first error is the one to tell
+                folder.update(status=status, error=f"{type(error).__name__}: {error}")
+        raise
+    return folder
+
+
+def _run_trainer(
+    config: Config,
+    prepared: Prepared,
+    system: System,
+    folder: RunFolder | None,
+    source: Path | None,
+    done: int,
+    say: "_Teller",
+) -> AfterStep:
+    train, world, launched = config.train, config.train.devices, launch.launched()
+    nodes = launched.nodes if launched else 1
+    batches = TrainingBatches(
+        prepared.data,
+        prepared.splits["train"],
+        config.seed,
+        train.batch_size,
+        start=done * train.accumulate,
+        rank=launch.rank(),
+        world=world,
+    )
+    held_out = prepared.some("val", train.validate_items)
+
+    def look() -> Iterator[Batch]:  # whole batches to each process, so that any number of them measures the same
+        return islice(fixed_batches(prepared.data, held_out, train.batch_size), launch.rank(), None, world)
+
+    def prove(system: System, step: int) -> None:
+        assert folder is not None
+        assert isinstance(system, multimodal.MultimodalSystem)
+        make_proofs(system.model, prepared, folder.proofs(step), quick=True)
+
+    history = HistoryWriter(folder.metrics) if folder is not None else None
+    if history:
+        history.truncate_after(done)
+    identity = {
+        "format": checkpoint.FORMAT,
+        "config": configuration.to_dict(config),
+        "fingerprint": prepared.fingerprint,
+        "tokenizer": prepared.tokenizer.to_json(),
+        "text_length": prepared.text_length,
+    }
+    ema = EMA(train.ema) if train.ema > 0 else None
+    where = folder.checkpoints if folder is not None else Path(config.runs)
+    items = len(prepared.splits["train"])
+    after = AfterStep(config, history, where, batches, items, look, ema, prove if folder else None, identity)
+    bar = ProgressReport(after, train.batch_size * train.accumulate, train.monitor, say.quiet, say.console)
+    for name in ("lightning.pytorch", "lightning.fabric"):
+        logging.getLogger(name).setLevel(logging.WARNING)
+    trainer = L.Trainer(
+        accelerator="gpu" if train.device == "cuda" else "cpu",
+        devices=world // nodes,
+        num_nodes=nodes,
+        strategy=DDPStrategy(broadcast_buffers=False) if world > 1 else "auto",
+        precision="bf16-mixed" if train.precision == "bf16" else "32-true",
+        max_steps=train.steps or -1,
+        min_epochs=0,
+        accumulate_grad_batches=train.accumulate,
+        limit_val_batches=0,
+        logger=TensorBoardLogger(folder.path, name="", version="tensorboard") if folder is not None else False,
+        callbacks=[c for c in (ema, after, bar) if c is not None],
+        plugins=[checkpoint.AtomicIO()],
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        use_distributed_sampler=False,
+    )
+    with warnings.catch_warnings():  # of Lightning's calls into a newer torch, which nobody here can change
+        for about in ("`isinstance.treespec, LeafSpec.`", "`broadcast_buffers`"):
+            warnings.filterwarnings("ignore", f"{about} is deprecated", FutureWarning)
+        trainer.fit(system, train_dataloaders=batches, ckpt_path=source)
+    after.done = trainer.global_step
+    if history:
+        history.close()
+    return after
+
+
+def _multimodal(config: Config) -> MultimodalConfig:
+    assert isinstance(config, MultimodalConfig), "the only system so far"
+    return config
+
+
+def _resolve_machine(config: Config) -> tuple[Config, dict[str, str]]:
+    train, devices = launch.follow(config.train)
+    choice = device.choose(train)
+    train = replace(train, device=choice.device, precision=choice.precision)  # type: ignore[arg-type]
+    reasons = {"device": choice.device_reason, "devices": devices, "precision": choice.precision_reason}
+    return replace(config, train=train), reasons
+
+
+def _resolve_length(config: Config, prepared: Prepared) -> Config:
+    """Steps from epochs, and looks and checkpoints from steps; the caption length that the data has."""
+    train = config.train
+    per_step = train.batch_size * train.accumulate
+    steps = train.steps or math.ceil((train.epochs or 0) * len(prepared.splits["train"]) / per_step)
+    every = train.validate_every or max(1, math.ceil(steps / 10))
+    train = replace(train, steps=steps, epochs=None, validate_every=every)
+    train = replace(train, checkpoint_every=train.checkpoint_every or every)
+    return replace(config, train=train, data=replace(config.data, text_length=prepared.text_length))
+
+
+def _refuse_other_shape(model: MultimodalModel, config: MultimodalConfig, source: RunFolder) -> None:
+    if model.config != config.model or model.image_size != config.data.image_size:
+        raise ValueError(
+            f"The model of {source.path} has another shape than this recipe (model.* or data.image_size differ). "
+            f"Fine-tune with its own recipe: intaglio train --from {source.path} --data.source FOLDER"
+        )
+
+
+def _tell_data(say: "_Teller", prepared: Prepared) -> None:
+    sides = ", ".join(f"{len(items):,} {side}" for side, items in prepared.splits.items())
+    say(f"data {prepared.record['source']}: {sides} items, {len(prepared.tokenizer):,} tokens")
+    for notice in notices(prepared):
+        say(f"note: {notice}")
+
+
+def _one_step(config: Config, prepared: Prepared, say: "_Teller") -> None:
+    """One optimizer step on a throw-away system: shows that data, model and loss fit together."""
+    system = multimodal.build(_multimodal(config), prepared)
+    train = config.train
+    batches = TrainingBatches(prepared.data, prepared.splits["train"], config.seed, train.batch_size, 0, 0, 1)
+    system.to("cuda" if train.device == "cuda" else "cpu")
+    batch = system.transfer_batch_to_device(next(iter(batches)), system.device, 0)
+    begun = time.perf_counter()
+    with torch.autocast(system.device.type, torch.bfloat16, enabled=system.bf16):
+        terms = system.loss_terms(batch)
+    total = system.weigh(terms)
+    total.backward()
+    seconds = time.perf_counter() - begun
+    for name, term in terms.items():
+        say(f"{name}: {float(term.value.detach()):.4f} × {term.weight:g}", always=True)
+    minutes = seconds * (train.steps or 0) * train.accumulate / 60
+    say(
+        f"total {float(total.detach()):.4f}; the first step took {seconds:.2f} s, so at most {minutes:.0f} min",
+        always=True,
+    )
+
+
+class _Teller:
+    """Says what a person should know; nothing when quiet, except what must be said."""
+
+    def __init__(self, quiet: bool):
+        self.quiet, self.console = quiet, Console(highlight=False)
+
+    def __call__(self, text: str, always: bool = False) -> None:
+        if always or not self.quiet:
+            self.console.print(text, markup=False, soft_wrap=True)

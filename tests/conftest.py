@@ -1,0 +1,97 @@
+"""What the tests of training share: a cache that is thrown away, and real runs, tiny."""
+
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import intaglio
+from intaglio.history.run_folder import RunFolder
+
+TINY = [
+    "--train.steps=20",
+    "--train.batch_size=16",
+    "--train.accumulate=2",
+    "--train.precision=fp32",
+    "--train.device=cpu",
+    "--train.log_every=1",
+    "--train.validate_every=5",
+    "--train.validate_items=24",
+    "--train.ema=0.9",
+    "--data.items=300",
+    "--data.image_size=16",
+    "--optim.warmup=4",
+    "--model.channels=[16,16,16,32]",
+    "--model.latent=16",
+    "--prior.steps=10",
+    "--prior.width=32",
+    "--prior.layers=1",
+    "--model.width=32",
+    "--model.heads=2",
+    "--model.feed_forward=32",
+    "--model.decoder_layers=1",
+    "--model.encoder_layers=1",
+    "--model.vocabulary=300",
+    "--model.dropout=0.1",
+]
+
+
+def tiny(runs: Path, *more: str) -> list[str]:
+    """The words of a run of seconds into ``runs/a`` with accumulation, dropout and EMA; later words win."""
+    return [*TINY, "--name=a", f"--runs={runs}", *more]
+
+
+def train(runs: Path, *more: str, **options: Any) -> RunFolder:
+    """A tiny run in this process."""
+    folder = intaglio.train("multimodal-small", tiny(runs, *more), quiet=True, **options)
+    assert folder is not None
+    return folder
+
+
+def resume(run: Path, *more: str) -> RunFolder:
+    """Goes on with a run in this process."""
+    folder = intaglio.train(None, more, resume=run, quiet=True)
+    assert folder is not None
+    return folder
+
+
+def start(*words: str, **options: Any) -> subprocess.Popen[str]:
+    """``intaglio WORDS`` in a process of its own, one thread, its output in a pipe."""
+    return subprocess.Popen(
+        [sys.executable, "-m", "intaglio", *words],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        **options,
+    )
+
+
+def ran(*words: str, **options: Any) -> tuple[int, str]:
+    """Exit code and output of ``intaglio WORDS``."""
+    process = start(*words, **options)
+    said, _ = process.communicate(timeout=120)
+    return process.returncode, said
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _throwaway_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Decoded images and judges go where the workers of one test run share them and no other finds them; all
+    processes use one thread, so that sums have one order."""
+    base = tmp_path_factory.getbasetemp()
+    shared = base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("INTAGLIO_CACHE", str(shared / "intaglio-cache"))
+        patch.setenv("OMP_NUM_THREADS", "1")
+        torch.set_num_threads(1)
+        yield
+
+
+@pytest.fixture(scope="session")
+def reference(tmp_path_factory: pytest.TempPathFactory) -> RunFolder:
+    """A tiny run that nothing interrupted."""
+    return train(tmp_path_factory.mktemp("reference"))
