@@ -1,8 +1,10 @@
 """What the tests of training share: a cache that is thrown away, and real runs, tiny."""
 
+import json
 import os
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -24,9 +26,9 @@ TINY = [
     "--train.validate_items=24",
     "--train.ema=0.9",
     "--data.items=300",
-    "--data.image_size=16",
+    "--data.image_size=32",
     "--optim.warmup=4",
-    "--model.channels=[16,16,16,32]",
+    "--model.channels=[8,8,16]",
     "--model.latent=16",
     "--prior.steps=10",
     "--prior.width=32",
@@ -76,6 +78,18 @@ def ran(*words: str, **options: Any) -> tuple[int, str]:
     process = start(*words, **options)
     said, _ = process.communicate(timeout=120)
     return process.returncode, said
+
+
+def wait_for(process: subprocess.Popen[str], metrics: Path, step: int) -> None:
+    """Returns as soon as ``process``, just started, has written a row of ``step`` or later."""
+    begun = time.time()
+    while time.time() < begun + 90:
+        lines = metrics.read_text().splitlines()[:-1] if metrics.is_file() else []
+        if lines and (last := json.loads(lines[-1]))["step"] >= step and last["time"] > begun:
+            return
+        assert process.poll() is None, process.communicate()[0]
+        time.sleep(0.002)
+    pytest.fail(f"step {step} was not reached in 90 s")
 
 
 @pytest.fixture(scope="session", autouse=True)

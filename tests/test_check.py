@@ -19,7 +19,7 @@ from intaglio.models.multimodal import MultimodalModel
 from intaglio.systems.multimodal import MultimodalSystem
 
 TINY = [
-    *("--data.items", "40", "--data.image_size", "32", "--model.channels", "[8,8,16,16]", "--model.latent", "16"),
+    *("--data.items", "40", "--data.image_size", "32", "--model.channels", "[8,8,16]", "--model.latent", "16"),
     *("--model.width", "32", "--model.heads", "2", "--model.feed_forward", "64", "--model.decoder_layers", "1"),
     *("--train.batch_size", "8", "--train.precision", "fp32", "--train.device", "cuda"),
 ]
@@ -53,7 +53,7 @@ def test_small_recipe_is_healthy_and_adds_up():
     assert p.modules["embedding"] == 4000 * 128  # tied: its own row, and nowhere else
     assert m.total_bytes == sum(v for k, v in vars(m).items() if k != "total_bytes")
     assert m.optimizer_bytes == 2 * m.gradients_bytes == 2 * m.ema_bytes == 8 * p.trainable
-    assert report.time.total_seconds == pytest.approx(5500 * report.time.seconds_per_step)
+    assert report.time.total_seconds == pytest.approx(4400 * report.time.seconds_per_step)
     assert f"{p.total:,} parameters" in report_lines(report)[0]
 
 
@@ -124,7 +124,7 @@ def test_activations_are_those_that_a_real_pass_keeps(network, bf16):
     ("options", "rule"),
     [
         ("--loss.contrastive 0", "dead-parameters"),
-        ("--model.channels [16,16,16,16,16]", "attention-over-one"),
+        ("--model.channels [8,8,16,16]", "attention-over-one"),
         ("--train.monitor val/loss/speed", "validation-missing"),
     ],
 )
@@ -208,7 +208,7 @@ def test_unusable_data_is_a_failing_finding_beside_the_counts(tmp_path):
     report = check(load("multimodal-folder", ["--data.source", str(tmp_path / "absent"), *NO_TIME]))
     assert rules(report.findings, "fail") == {"data-unusable"}
     assert "absent is not a folder" in report.findings[0].message
-    assert report.parameters.total > 5e6
+    assert report.parameters.total > 4e6
     assert any("the data" in reason for reason in report.not_checked)
     if not torch.cuda.is_available():
         assert report.time.seconds_per_step is None

@@ -23,7 +23,7 @@ def test_overrides_are_typed_and_shown_by_diff() -> None:
     )
     assert config.diff(base, other) == {
         "data.columns.caption": (None, "x"),
-        "optim.rate": (0.001, 0.0002),
+        "optim.rate": (base.optim.rate, 0.0002),
         "train.steps": (base.train.steps, 5),
     }
 
@@ -49,6 +49,13 @@ def test_epochs_on_the_command_line_replace_the_recipe_s_steps() -> None:
         (["--loss.pairing", "self"], "documented network"),
         (["-x"], "--key.sub value"),
         (["--train.ema", "1"], "decay in [0, 1)"),
+        (["--train.devices", "0"], "train.devices is 0; it must be at least 1"),
+        (["--model.heads", "0"], "model.heads is 0"),
+        (["--seed", "-1"], "seed is -1; it must not be negative"),
+        (["--model.channels", "[8,8,8,8,8,8]"], "leaves no even grid"),
+        (["--model.latent", "100"], "multiple of the latent's cells, 64"),
+        (["--loss.temperature", "0"], "loss.temperature is 0"),
+        (["--train.monitor", "val/caption/token_accuracy"], "lowest value"),
     ],
 )
 def test_wrong_overrides_say_what_is_right(words: list[str], says: str) -> None:

@@ -8,17 +8,16 @@ import torch.nn.functional as F
 from torch.distributions import Normal, kl_divergence
 
 from intaglio.objectives.contrastive import infonce, sigmoid_pairs
-from intaglio.objectives.gaussian import clamp_log_variance, kl_to_standard, negative_log_likelihood, sample
+from intaglio.objectives.gaussian import clamp_log_variance, kl_to_standard, sample
 from intaglio.objectives.image import l1_plus_mse
 from intaglio.objectives.schedules import warmup_constant, warmup_cosine
 from intaglio.objectives.text import caption_cross_entropy, token_nats
 
 
 def test_gaussian_losses_agree_with_torch_distributions() -> None:
-    mean, log_variance, x = torch.randn(3, 5, 7, generator=torch.Generator().manual_seed(0))
+    mean, log_variance = torch.randn(2, 5, 7, generator=torch.Generator().manual_seed(0))
     q = Normal(mean, (0.5 * log_variance).exp())
     torch.testing.assert_close(kl_to_standard(mean, log_variance), kl_divergence(q, Normal(0.0, 1.0)).sum(-1))
-    torch.testing.assert_close(negative_log_likelihood(x, mean, log_variance), -q.log_prob(x).sum(-1))
     draw = sample(torch.full((20_000, 1), 3.0), torch.full((20_000, 1), math.log(4.0)), torch.randn(20_000, 1))
     assert abs(draw.mean() - 3) < 0.1
     assert abs(draw.std() - 2) < 0.1

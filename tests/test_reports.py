@@ -31,7 +31,7 @@ from intaglio.reports.summary import summary_lines
 from intaglio.reports.words import written
 
 SMALL = MultimodalModelConfig(
-    latent=8, channels=(8, 8, 8, 8), width=16, heads=2, feed_forward=16, decoder_layers=1,
+    latent=16, channels=(8, 8, 8), width=16, heads=2, feed_forward=16, decoder_layers=1,
     encoder_layers=1, dropout=0.5,
 )  # fmt: skip
 HOSTILE = "<script>alert('x')</script> & \"$\\frac{$ \x07 🐳 漢字"

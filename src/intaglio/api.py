@@ -15,14 +15,14 @@ from PIL import Image
 from torch import Tensor
 
 from intaglio.config import Config, load
-from intaglio.data.pixels import UnreadableImage, read_image
+from intaglio.data.pixels import SUFFIXES, UnreadableImage, read_image
 from intaglio.data.prepare import Prepared, prepare
 from intaglio.data.vectors import VectorFile
 from intaglio.health.check import CheckReport
 from intaglio.health.check import check as check_config
 from intaglio.history import Reading, run_folder
 from intaglio.history.run_folder import RunFolder
-from intaglio.models.multimodal import MultimodalModel, of_run, open_model
+from intaglio.models.multimodal import GUIDANCE, TEMPERATURE, MultimodalModel, of_run, open_model
 from intaglio.models.multimodal import interpolate as between
 from intaglio.sampling.tokens import Decoding
 
@@ -40,7 +40,6 @@ __all__ = [
     "train",
 ]
 
-IMAGES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".gif"}
 BATCH = 64
 
 
@@ -89,7 +88,10 @@ def caption(
 ) -> dict[str, str]:
     """A caption for each image file or each image of a folder: {file: caption}."""
     model = load_model(run)
-    if seed is None and decoding is not None and decoding.method == "sample":
+    sampled = decoding is not None and decoding.method == "sample"
+    if seed is not None and not sampled:
+        raise ValueError("A seed has no effect on greedy and beam captions: leave it out, or use --method sample.")
+    if sampled and seed is None:
         seed = 0
     found: dict[str, str] = {}
     for names, pixels in _batches(images, model.image_size, skipped):
@@ -104,27 +106,30 @@ def generate(
     n: int = 16,
     seed: int = 0,
     text: str | None = None,
-    temperature: float = 1.0,
+    temperature: float = TEMPERATURE,
+    guidance: float = GUIDANCE,
 ) -> list[dict[str, Any]]:
     """Images with captions: from the prior, or from a text. Writes PNGs, ``metadata.jsonl`` and ``sheet.png``.
 
     The folder written is itself an image folder that ``train`` reads. Row i comes from seed + i alone, so the same
     seed gives the same image in any n.
     """
+    if n < 1:
+        raise ValueError(f"n is {n}; ask for at least 1 image.")
     model, folder = load_model(run), _new_folder(out)
     rows: list[dict[str, Any]] = []
     pictures = []
     for start in range(seed, seed + n, BATCH):
         seeds = range(start, min(start + BATCH, seed + n))
         if text is None:
-            z = model.sample_prior(seeds, temperature)
+            z = model.sample_prior(seeds, temperature, guidance)
         else:
-            z = model.text_latent([text] * len(seeds), seeds, temperature)
+            z = model.text_latent([text] * len(seeds), seeds, temperature, guidance)
         images = model.decode(z)
         for s, image, words in zip(seeds, images, model.caption(z), strict=True):
             name = f"seed-{s:06d}.png"
             Image.fromarray(image).save(folder / name)
-            row = {"file_name": name, "caption": words, "seed": s, "temperature": temperature}
+            row = {"file_name": name, "caption": words, "seed": s, "temperature": temperature, "guidance": guidance}
             rows.append(row if text is None else {**row, "text": text})
         pictures.append(images)
     _write_rows(folder / "metadata.jsonl", rows)
@@ -150,11 +155,13 @@ def interpolate(run: str | Path, a: str | Path, b: str | Path, out: str | Path, 
     return captions
 
 
-def reconstruct(run: str | Path, images: Sequence[str | Path], out: str | Path) -> dict[str, float]:
+def reconstruct(
+    run: str | Path, images: Sequence[str | Path], out: str | Path, skipped: Skipped | None = None
+) -> dict[str, float]:
     """Decodes each image from its latent; writes original | reconstruction and gives {file: PSNR in dB}."""
     model, folder = load_model(run), _new_folder(out)
     quality: dict[str, float] = {}
-    for names, pixels in _batches(images, model.image_size):
+    for names, pixels in _batches(images, model.image_size, skipped):
         for name, before, after in zip(names, pixels, model.decode(model.encode(pixels)), strict=True):
             error = np.square((before.astype(float) - after) / 255).mean()
             quality[name] = float(-10 * np.log10(max(error, 1e-12)))
@@ -169,6 +176,7 @@ def search(
     text: str | None = None,
     image: str | Path | None = None,
     top: int = 5,
+    skipped: Skipped | None = None,
 ) -> list[dict[str, Any]]:
     """The images of a folder (by default the run's own held-out items) that fit a text or an image best.
 
@@ -182,7 +190,7 @@ def search(
     else:
         query = model.embed_image(model.encode(read_image(str(image), model.image_size)[0][None]))
     hits: list[dict[str, Any]] = []
-    for rows, latents in _collection(run, model, collection):
+    for rows, latents in _collection(run, model, collection, skipped):
         similarity = (model.embed_image(latents) @ query.T)[:, 0].tolist()
         hits += [{**row, "similarity": round(s, 4)} for row, s in zip(rows, similarity, strict=True)]
         hits = sorted(hits, key=lambda h: -h["similarity"])[:top]
@@ -205,11 +213,11 @@ def evaluate(run: str | Path) -> tuple[dict[str, Reading], list[str]]:
     from intaglio.training.finish import conclude, measure
 
     folder = run_folder.find(run)
-    model = of_run(folder)
+    model = load_model(folder.path)
     lines: list[str] = []
-    readings = measure(model, prepared_of(folder, model), folder)
-    conclude(folder, readings, folder.record["step"], lines.append)
-    return readings, lines
+    evaluation = measure(model, prepared_of(folder, model), folder)
+    conclude(folder, evaluation, folder.record["step"], lines.append)
+    return evaluation.readings, lines
 
 
 def prepared_of(folder: RunFolder, model: MultimodalModel) -> Prepared:
@@ -229,10 +237,10 @@ def prepared_of(folder: RunFolder, model: MultimodalModel) -> Prepared:
 
 
 def _collection(
-    run: str | Path, model: MultimodalModel, collection: str | Path | None
+    run: str | Path, model: MultimodalModel, collection: str | Path | None, skipped: Skipped | None
 ) -> Iterator[tuple[list[dict[str, Any]], Tensor]]:
     if collection is not None:
-        for names, pixels in _batches([collection], model.image_size):
+        for names, pixels in _batches([collection], model.image_size, skipped):
             yield [{"file": n} for n in names], model.encode(pixels)
         return
     prepared = prepared_of(run_folder.find(run), model)
@@ -247,9 +255,10 @@ def _collection(
 def _files(paths: Sequence[str | Path]) -> Iterator[Path]:
     for given in map(Path, paths):
         if given.is_dir():
-            inside = sorted(p for p in given.rglob("*") if p.suffix.lower() in IMAGES)
+            visible = (p for p in given.rglob("*") if not any(n.startswith(".") for n in p.relative_to(given).parts))
+            inside = sorted(p for p in visible if p.suffix.lower() in SUFFIXES)
             if not inside:
-                raise ValueError(f"{given} holds no images ({', '.join(sorted(IMAGES))}).")
+                raise ValueError(f"{given} holds no images ({', '.join(sorted(SUFFIXES))}).")
             yield from inside
         elif given.is_file():
             yield given

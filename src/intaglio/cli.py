@@ -53,12 +53,18 @@ def _train(a: Arguments) -> int:
 
         if a.recipe is None:
             raise ValueError(f"Which recipe? One of: {', '.join(config.recipes())}.")
-        print(config.dump(config.load(a.recipe, a.overrides)), end="")
+        resolved = config.load(a.recipe, a.overrides)
+        if a.json:
+            _print_json(config.to_dict(resolved))
+        else:
+            print(config.dump(resolved), end="")
         return 0
     from intaglio.api import train
 
     folder = train(a.recipe, a.overrides, resume=a.resume, parent=a.parent, dry_run=a.dry_run, quiet=a.quiet or a.json)
     if folder is None:
+        if a.json:
+            _print_json({"run": None, "status": "dry run", "step": 0})
         return 0
     record = folder.record
     if a.json:
@@ -103,7 +109,9 @@ def _caption(a: Arguments) -> int:
     from intaglio.api import Skipped, caption
     from intaglio.sampling.tokens import Decoding
 
-    options = {k: getattr(a, k) for k in ("temperature", "top_p", "beams", "repetition_penalty") if getattr(a, k)}
+    options = {
+        k: getattr(a, k) for k in ("temperature", "top_p", "beams", "repetition_penalty") if getattr(a, k) is not None
+    }
     if a.method == "beam":
         options.setdefault("beams", 4)
     skipped = Skipped()
@@ -119,7 +127,8 @@ def _caption(a: Arguments) -> int:
 def _generate(a: Arguments) -> int:
     from intaglio.api import generate
 
-    rows = generate(a.run, a.out, a.n, a.seed, a.text, a.temperature)
+    given = {k: getattr(a, k) for k in ("temperature", "guidance") if getattr(a, k) is not None}
+    rows = generate(a.run, a.out, a.n, a.seed, a.text, **given)
     if a.json:
         _print_json({"folder": a.out, "images": rows})
     else:
@@ -143,28 +152,30 @@ def _interpolate(a: Arguments) -> int:
 
 
 def _reconstruct(a: Arguments) -> int:
-    from intaglio.api import reconstruct
+    from intaglio.api import Skipped, reconstruct
 
-    quality = reconstruct(a.run, a.images, a.out)
+    skipped = Skipped()
+    quality = reconstruct(a.run, a.images, a.out, skipped)
     if a.json:
-        _print_json({"folder": a.out, "psnr_db": quality})
+        _print_json({"folder": a.out, "psnr_db": quality, "skipped": skipped.reasons})
     else:
         for file, decibels in quality.items():
             print(f"{file}\t{decibels:.2f} dB")
-    return 0
+    return _tell_skipped(skipped, quality)
 
 
 def _search(a: Arguments) -> int:
-    from intaglio.api import search
+    from intaglio.api import Skipped, search
 
-    hits = search(a.run, a.folder, a.text, a.image, a.top)
+    skipped = Skipped()
+    hits = search(a.run, a.folder, a.text, a.image, a.top, skipped)
     if a.json:
-        _print_json({"hits": hits})
+        _print_json({"hits": hits, "skipped": skipped.reasons})
     else:
         for hit in hits:
             name = hit["file"] if "file" in hit else f"{hit['item']}  {hit['caption']}"
             print(f"{hit['similarity']:.3f}  {name}")
-    return 0
+    return _tell_skipped(skipped, hits)
 
 
 def _encode(a: Arguments) -> int:
@@ -220,7 +231,8 @@ def _parser() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentParse
 
     def verb(name: str, what: str, more: str = "") -> argparse.ArgumentParser:
         p = verbs.add_parser(name, help=what, description=f"{what[0].upper()}{what[1:]}. {more}".strip())
-        p.add_argument("--json", action="store_true", help="print the answer as JSON")
+        if name not in {"demo", "bench"}:
+            p.add_argument("--json", action="store_true", help="print the answer as JSON")
         return p
 
     overriding = "Any key of the recipe can be set: --train.steps 500 (see --print_config for all of them)."
@@ -258,7 +270,8 @@ def _parser() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentParse
     p.add_argument("--n", type=int, default=16, help="how many (16)")
     p.add_argument("--seed", type=int, default=0, help="of the first one (0)")
     p.add_argument("--text", help="what the images shall show")
-    p.add_argument("--temperature", type=float, default=1.0, help="spread of the latents (1)")
+    p.add_argument("--temperature", type=float, help="spread of the latents (0.8)")
+    p.add_argument("--guidance", type=float, help="how far they follow their caption (4; 1 as far as learnt)")
 
     p = verb("interpolate", "images and captions on the way between two images")
     p.add_argument("run")

@@ -6,7 +6,7 @@ as itself.
 """
 
 import difflib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, is_dataclass
 from importlib.resources import files
 from pathlib import Path
@@ -60,7 +60,7 @@ class OptimConfig:
     """
 
     kind: Literal["adamw", "adam"] = "adamw"
-    rate: float = 1e-3
+    rate: float = 2e-3
     floor: float = 1e-6
     warmup: int = 100
     schedule: Literal["cosine", "constant"] = "cosine"
@@ -86,8 +86,9 @@ class TrainConfig:
         validate_every: optimizer steps between looks at the held-out items; 0 for a tenth of the run.
         validate_items: held-out items of each look.
         checkpoint_every: optimizer steps between checkpoints; 0 for one at each look.
-        keep: how many checkpoints stay; the last and the best always do.
-        patience: looks without a better ``monitor`` after which the run stops; 0 never stops early.
+        keep: how many of the latest checkpoints stay; the best look's stays besides.
+        patience: looks without a better ``monitor`` after which the run stops, and the model has the best look's
+            weights; 0 never stops early, and it has the last ones.
         monitor: name of the held-out quantity that says which checkpoint is best.
     """
 
@@ -115,7 +116,7 @@ class MultimodalModelConfig:
     Args:
         network: ``standard``, or ``documented`` (pooled encoder, one latent token, no text encoder).
         latent: dimensions of the shared latent z, a multiple of its cells: (image_size / 2^len(channels))² of them.
-        channels: channels after each halving of the image, at least four; the image decoder mirrors them.
+        channels: channels after each halving of the image, at least three; the image decoder mirrors them.
         width: width of the text encoder and decoder, and of the token embedding.
         heads: attention heads.
         feed_forward: width of the hidden layer in each Transformer block.
@@ -128,7 +129,7 @@ class MultimodalModelConfig:
 
     network: Literal["standard", "documented"] = "standard"
     latent: int = 256
-    channels: tuple[int, ...] = (32, 64, 128, 160)
+    channels: tuple[int, ...] = (32, 64, 160)
     width: int = 128
     heads: int = 4
     feed_forward: int = 512
@@ -175,7 +176,7 @@ class PriorConfig:
 
     width: int = 128
     layers: int = 3
-    steps: int = 1500
+    steps: int = 800
     batch_size: int = 256
     rate: float = 2e-3
 
@@ -374,65 +375,84 @@ def _check_key(key: str, kind: type, where: str, prefix: str) -> None:
 
 
 def _check_values(config: Config) -> None:
-    """What types cannot say. Each message names the key."""
+    """What types cannot say."""
+    for message in _faults(config):
+        raise ValueError(message)
+
+
+def _faults(config: Config) -> Iterator[str]:
+    """What is wrong with the values; later checks may rest on earlier ones. Each message names the key."""
     d, o, t = config.data, config.optim, config.train
-    wrong = [
-        (d.image_size < 16 or d.image_size % 16 != 0, f"data.image_size is {d.image_size}; use a multiple of 16."),
-        (not 0 < d.held_out < 1, f"data.held_out is {d.held_out}; use a share between 0 and 1, such as 0.1."),
-        (d.text_length < 4, f"data.text_length is {d.text_length}; use at least 4."),
-        (d.source != "engravings" and d.items is not None, "data.items counts built-in scenes; a folder has its own."),
-        (d.items is not None and d.items < 2, f"data.items is {d.items}; use at least 2, one of them held out."),
-        (
-            (t.steps is None) == (t.epochs is None),
-            "give train.steps or train.epochs, one of them (null for the other).",
-        ),
-        (t.steps is not None and t.steps < 1, f"train.steps is {t.steps}; use at least 1."),
-        (t.epochs is not None and t.epochs <= 0, f"train.epochs is {t.epochs}; use more than 0."),
-        (t.batch_size < 1 or t.accumulate < 1, "train.batch_size and train.accumulate must be at least 1."),
-        (t.batch_size % t.devices != 0, f"train.batch_size {t.batch_size} must divide over {t.devices} processes."),
-        (not 0 <= t.ema < 1, f"train.ema is {t.ema}; use a decay in [0, 1), such as 0.999."),
-        (
-            o.rate <= 0 or o.floor < 0 or o.floor > o.rate,
-            "optim.rate must be above 0 and optim.floor within [0, rate].",
-        ),
-        (
-            not t.monitor.startswith("val/loss/"),
-            f"train.monitor is {t.monitor}; the best checkpoint has the lowest value, so name a val/loss/… quantity.",
-        ),
-        (min(t.log_every, t.keep, t.validate_items) < 1, "train.log_every, keep and validate_items start at 1."),
-    ]
+    at_least_one = {"train.batch_size": t.batch_size, "train.accumulate": t.accumulate, "train.devices": t.devices}
+    at_least_one |= {"train.log_every": t.log_every, "train.keep": t.keep, "train.validate_items": t.validate_items}
+    not_negative: dict[str, float] = {
+        "seed": config.seed,
+        "train.patience": t.patience,
+        "train.validate_every": t.validate_every,
+    }
+    not_negative |= {"train.checkpoint_every": t.checkpoint_every, "optim.warmup": o.warmup, "optim.decay": o.decay}
+    not_negative |= {"optim.clip": o.clip}
     if isinstance(config, MultimodalConfig):
-        m = config.model
-        wrong += [
-            (m.width % m.heads != 0, f"model.width {m.width} must be divisible by model.heads {m.heads}."),
-            (
-                len(m.channels) < 4,
-                f"model.channels has {len(m.channels)} entries; the image is halved at least 4 times.",
-            ),
-            (
-                d.image_size % 2 ** len(m.channels) != 0,
-                f"data.image_size {d.image_size} cannot be halved {len(m.channels)} times (model.channels); "
-                f"use a multiple of {2 ** len(m.channels)} or fewer channels.",
-            ),
-            (
-                m.network == "standard" and m.latent % (d.image_size // 2 ** len(m.channels)) ** 2 != 0,
-                f"model.latent is {m.latent}; it must be a multiple of the latent's cells, "
-                f"{(d.image_size // 2 ** len(m.channels)) ** 2} at data.image_size {d.image_size} with "
-                f"{len(m.channels)} model.channels.",
-            ),
-            (config.prior.width % 32 != 0, f"prior.width is {config.prior.width}; use a multiple of 32."),
-            (
-                config.loss.pairing == "self" and m.network == "standard",
-                "loss.pairing self is the documented network's.",
-            ),
-            (
-                config.loss.pairing != "self" and m.network == "documented",
-                "the documented network needs pairing: self.",
-            ),
-        ]
-    for broken, message in wrong:
-        if broken:
-            raise ValueError(message)
+        m, p, w = config.model, config.prior, config.loss
+        at_least_one |= {"model.latent": m.latent, "model.width": m.width, "model.heads": m.heads}
+        at_least_one |= {"model.vocabulary": m.vocabulary, "prior.steps": p.steps, "prior.batch_size": p.batch_size}
+        not_negative |= {"prior.layers": p.layers, "model.decoder_layers": m.decoder_layers}
+        not_negative |= {f"loss.{k}": getattr(w, k) for k in ("reconstruction", "caption", "contrastive", "kl")}
+    yield from (f"{k} is {v}; it must be at least 1." for k, v in at_least_one.items() if v < 1)
+    yield from (f"{k} is {v}; it must not be negative." for k, v in not_negative.items() if v < 0)
+    if d.image_size < 16 or d.image_size % 16:
+        yield f"data.image_size is {d.image_size}; use a multiple of 16."
+    if not 0 < d.held_out < 1:
+        yield f"data.held_out is {d.held_out}; use a share between 0 and 1, such as 0.1."
+    if d.text_length < 3:
+        yield f"data.text_length is {d.text_length}; use at least 3: START, a token, END."
+    if d.source != "engravings" and d.items is not None:
+        yield "data.items counts built-in scenes; a folder has its own. Leave it out, or set it to null."
+    if d.items is not None and d.items < 2:
+        yield f"data.items is {d.items}; use at least 2, one of them held out."
+    if (t.steps is None) == (t.epochs is None):
+        yield "give train.steps or train.epochs, one of them (null for the other)."
+    if t.steps is not None and t.steps < 1:
+        yield f"train.steps is {t.steps}; use at least 1."
+    if t.epochs is not None and t.epochs <= 0:
+        yield f"train.epochs is {t.epochs}; use more than 0."
+    if t.batch_size % t.devices:
+        yield f"train.batch_size {t.batch_size} must divide over {t.devices} processes."
+    if not 0 <= t.ema < 1:
+        yield f"train.ema is {t.ema}; use a decay in [0, 1), such as 0.999."
+    if o.rate <= 0 or not 0 <= o.floor <= o.rate:
+        yield "optim.rate must be above 0 and optim.floor within [0, rate]."
+    if not t.monitor.startswith("val/loss/"):
+        yield f"train.monitor is {t.monitor}; the best look has the lowest value, so name a val/loss/… quantity."
+    if isinstance(config, MultimodalConfig):
+        yield from _multimodal_faults(config)
+
+
+def _multimodal_faults(config: MultimodalConfig) -> Iterator[str]:
+    m, size, halvings = config.model, config.data.image_size, len(config.model.channels)
+    if m.width % m.heads:
+        yield f"model.width {m.width} must be divisible by model.heads {m.heads}."
+    if halvings < 3 or min(m.channels) < 1:
+        yield f"model.channels is {list(m.channels)}; the image is halved at least 3 times, each with its channels."
+    if config.prior.width % 32 or config.prior.width < 32:
+        yield f"prior.width is {config.prior.width}; use a multiple of 32."
+    if config.loss.temperature <= 0:
+        yield f"loss.temperature is {config.loss.temperature}; use more than 0, such as 0.1."
+    if (config.loss.pairing == "self") != (m.network == "documented"):
+        yield "loss.pairing self is the documented network's, and the only one that it can have."
+    if m.network == "documented":
+        return
+    if size % 2 ** (halvings + 1):
+        yield (
+            f"data.image_size {size} halved {halvings} times (model.channels) leaves no even grid; use a multiple of "
+            f"{2 ** (halvings + 1)} or fewer channels."
+        )
+    cells = (size // 2**halvings) ** 2
+    if m.latent % cells:
+        yield (
+            f"model.latent is {m.latent}; it must be a multiple of the latent's cells, {cells} at data.image_size "
+            f"{size} with {halvings} model.channels."
+        )
 
 
 def _nearest(word: str, names: Sequence[str], prefix: str = "") -> str:

@@ -37,6 +37,7 @@ def run_benchmark(what: str, out: str) -> int:
     """Runs the benchmark ``what`` and writes ``out/<what>.json``; 0 if every target was met, else 1."""
     results, facts = import_module(f"intaglio.bench.{what}").measure()
     write(Path(out) / f"{what}.json", results, facts)
+    Path(out, f"{what}.md").write_text(markdown(results), encoding="utf-8")
     show(results)
     return int(not all(r.met for r in results))
 
@@ -57,13 +58,24 @@ def write(path: Path, results: Sequence[Result], facts: dict[str, Any]) -> None:
     path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
 
+def markdown(results: Sequence[Result]) -> str:
+    """The table that the README shows."""
+    lines = ["| quantity | null | target | measured | 95 % interval |", "|---|---|---|---|---|"]
+    lines += [f"| {r.quantity} | {' | '.join(_cells(r))} |" for r in results]
+    return "\n".join(lines) + "\n"
+
+
+def _cells(r: Result) -> tuple[str, str, str, str]:
+    """Null, target, measured value and interval, as words."""
+    interval = "" if r.low is None or r.high is None else f"{r.low:.3f} – {r.high:.3f}"
+    measured = f"{r.measured:.3f}" if r.met else f"**{r.measured:.3f}** (missed)"
+    null = "" if r.null is None else f"{r.null:.3f}"
+    return null, f"{'≥' if r.better == 'higher' else '≤'} {r.target:g}", measured, interval
+
+
 def show(results: Sequence[Result]) -> None:
     """The table for the terminal."""
-    table = Table("quantity", "null", "target", "measured", "95 % interval", "")
+    table = Table("quantity", "null", "target", "measured", "95 % interval")
     for r in results:
-        interval = "" if r.low is None or r.high is None else f"{r.low:.3f} – {r.high:.3f}"
-        sign = "≥" if r.better == "higher" else "≤"
-        null = "" if r.null is None else f"{r.null:.3f}"
-        mark = "met" if r.met else "[bold]MISSED[/bold]"
-        table.add_row(r.quantity, null, f"{sign} {r.target:g}", f"{r.measured:.3f}", interval, mark)
+        table.add_row(r.quantity, *(cell.replace("**", "") for cell in _cells(r)))
     Console().print(table)

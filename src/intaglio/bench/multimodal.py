@@ -34,9 +34,10 @@ def measure() -> tuple[list[Result], dict[str, Any]]:
     gain = accuracy["value"] - accuracy["null"]
     results.append(Result("token accuracy above the bigram model", 0.15, gain, null=0.0, n=accuracy["n"]))
     results.append(Result("minutes of training", 15.0, minutes, better="lower"))
+    besides = ("val/posterior/object", "val/gaussian_prior/object", "val/image/object", "val/judge/accuracy")
     facts = {
+        "besides": {name: readings[name] for name in besides},
         "recipe": "multimodal-small",
-        "judge_accuracy": readings["val/judge/accuracy"]["value"],
         "minutes_in_all": round((time.monotonic() - begun) / 60, 1),
         "data": folder.record["data"]["items"],
     }

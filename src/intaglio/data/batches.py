@@ -37,10 +37,13 @@ class CaptionedImages:
     def __len__(self) -> int:
         return len(self.images)
 
+    def rows(self, items: np.ndarray, draw: np.ndarray) -> np.ndarray:
+        """The row of ``ids`` that each item's ``draw`` chooses."""
+        return self.first[items] + draw % (self.first[items + 1] - self.first[items])
+
     def batch(self, items: np.ndarray, draw: np.ndarray) -> Batch:
         """The given items, each with the caption that its ``draw`` (any non-negative integer) chooses."""
-        rows = self.first[items] + draw % (self.first[items + 1] - self.first[items])
-        ids = self.ids[rows]
+        ids = self.ids[self.rows(items, draw)]
         used = int((ids != PAD).any(0).nonzero()[0].max()) + 1
         images = np.ascontiguousarray(self.images[items].transpose(0, 3, 1, 2))
         return Batch(torch.from_numpy(images), torch.from_numpy(ids[:, :used].astype(np.int64)))

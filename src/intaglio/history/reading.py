@@ -3,6 +3,8 @@
 import math
 from dataclasses import dataclass
 
+import numpy as np
+
 
 @dataclass(frozen=True, slots=True)
 class Reading:
@@ -31,3 +33,16 @@ def share(hits: int, n: int, null: float | None = None) -> Reading:
         math.sqrt(p * (1 - p) / n * z2 + z2**2 / (4 * n**2)) / (1 + z2 / n),
     )
     return Reading(p, null, n, max(0.0, centre - half), min(1.0, centre + half))
+
+
+def ratio(numerators: np.ndarray, denominators: np.ndarray, null: float | None = None) -> Reading:
+    """Σ numerators / Σ denominators over items (N,) each, with a 95 % bootstrap interval over the items.
+
+    Source: Efron & Tibshirani 1993, chapter 13; 1000 draws from a fixed seed.
+    """
+    n = len(numerators)
+    draws = np.random.default_rng(0).integers(n, size=(1000, n))
+    below = denominators[draws].sum(1)
+    low, high = np.quantile(numerators[draws].sum(1) / np.where(below == 0, 1, below), [0.025, 0.975])
+    value = float(numerators.sum() / denominators.sum())
+    return Reading(value, null, n, float(low), float(high)) if n > 1 else Reading(value, null, n)

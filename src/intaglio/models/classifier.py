@@ -4,6 +4,7 @@ It shares nothing with the models that it judges. Its own held-out accuracy is p
 """
 
 import hashlib
+import os
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -42,7 +43,8 @@ def judge(
     key = hashlib.sha256(repr((images.shape, labels, train_labels)).encode() + np.ascontiguousarray(train).tobytes())
     key.update(np.ascontiguousarray(images[train[:: max(1, len(train) // 64)]]).tobytes())
     path = cache / f"judge-{key.hexdigest()[:20]}.safetensors"
-    network = _network(len(labels))
+    with torch.random.fork_rng(devices=[]):
+        network = _network(len(labels))
     if path.is_file():
         with safe_open(path, "pt") as file:
             network.load_state_dict({k: file.get_tensor(k) for k in file.keys()})  # noqa: SIM118 - not a mapping
@@ -52,7 +54,9 @@ def judge(
             network = _network(len(labels))
             _fit(network, images, train, torch.tensor([labels.index(x) for x in train_labels]))
         cache.mkdir(parents=True, exist_ok=True)
-        save_file(network.state_dict(), path)
+        part = path.with_suffix(f".{os.getpid()}.part")
+        save_file(network.state_dict(), part)
+        os.replace(part, path)
     found = Judge(network.eval(), labels, 0.0, len(val))
     found.accuracy = float(np.mean([a == b for a, b in zip(found(images[val]), val_labels, strict=True)]))
     return found

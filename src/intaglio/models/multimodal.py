@@ -21,6 +21,9 @@ from intaglio.models.networks import DocumentedNetwork, Network, StandardNetwork
 from intaglio.models.prior import FlowPrior
 from intaglio.sampling.tokens import Decoding, generate
 
+TEMPERATURE, GUIDANCE = 0.8, 4.0
+"""Of samples from the prior: the spread of their noise, and how far they are driven to the caption that they follow."""
+
 
 class Sampled(NamedTuple):
     """Images (B, S, S, 3) uint8, their captions and the latents (B, Z) that both were decoded from."""
@@ -90,10 +93,9 @@ class MultimodalModel(nn.Module, PyTorchModelHubMixin, library_name="intaglio", 
     def caption(self, z_BZ: Tensor, decoding: Decoding | None = None, seeds: Sequence[int] | None = None) -> list[str]:
         """A caption for each latent; greedy unless ``decoding`` says otherwise, sampled rows each with its own seed."""
         stepper = self.network.decoding(z_BZ.to(self.device))
-        start = torch.full((len(z_BZ),), START, dtype=torch.long, device=self.device)
         result = generate(
             stepper.step,
-            start,
+            self._start(len(z_BZ)),
             eos=END,
             pad=PAD,
             max_length=self.text_length,
@@ -103,26 +105,64 @@ class MultimodalModel(nn.Module, PyTorchModelHubMixin, library_name="intaglio", 
         )
         return [self._tokenizer.decode(row.tolist()) for row in result.ids]
 
-    def sample_prior(self, seeds: Sequence[int], temperature: float = 1.0) -> Tensor:
-        """One latent of the prior for each seed, (B, Z); the same seed gives the same latent in any batch."""
+    @torch.inference_mode()
+    def sample_prior(
+        self, seeds: Sequence[int], temperature: float = TEMPERATURE, guidance: float = GUIDANCE
+    ) -> Tensor:
+        """One latent of the prior for each seed, (B, Z); the same seed gives the same latent in any batch.
+
+        p(z) = Σ p(caption) p(z | caption): a caption is drawn from the text decoder without a latent, then the flow
+        follows it.
+        """
         if not self.prior.fitted:
             raise ValueError("This model has no prior yet: it is fitted when training ends. Finish the run first.")
-        return self.prior.sample([_generator(s) for s in seeds], temperature=temperature)
+        generators = [_generator(s) for s in seeds]
+        if not self.prior.flows or isinstance(self.network, DocumentedNetwork):
+            return self.prior.sample(generators, temperature=temperature)
+        stepper, start = self.network.free_decoding(len(generators)), self._start(len(generators))
+        drawn = generate(
+            stepper.step,
+            start,
+            eos=END,
+            pad=PAD,
+            max_length=self.text_length - 1,
+            strategy=Decoding(method="sample"),
+            reorder=stepper.reorder,
+            generators=generators,
+        )
+        return self._follow(torch.cat([start[:, None], drawn.ids], dim=1), generators, temperature, guidance)
 
-    def generate(self, seeds: Sequence[int], temperature: float = 1.0, decoding: Decoding | None = None) -> Sampled:
+    def generate(
+        self, seeds: Sequence[int], temperature: float = TEMPERATURE, decoding: Decoding | None = None
+    ) -> Sampled:
         """An image and its caption for each seed, both decoded from one latent of the prior."""
         z = self.sample_prior(seeds, temperature)
         return Sampled(self.decode(z), self.caption(z, decoding, seeds), z)
 
     @torch.inference_mode()
     def text_latent(
-        self, texts: Sequence[str], seeds: Sequence[int], temperature: float = 1.0, guidance: float = 2.0
+        self,
+        texts: Sequence[str],
+        seeds: Sequence[int],
+        temperature: float = TEMPERATURE,
+        guidance: float = GUIDANCE,
     ) -> Tensor:
         """A latent of the prior for each text and seed, (B, Z), that follows the text."""
-        ids, real = self._ids(texts)
-        text = self._standard("make images from text").text_encoder(ids, real)
-        generators = [_generator(s) for s in seeds]
+        self._standard("make images from text")
+        if not (self.prior.fitted and self.prior.flows):
+            raise ValueError(
+                "This model has no prior that follows a text: it is fitted when training ends, with prior.layers > 0."
+            )
+        return self._follow(self._ids(texts)[0], [_generator(s) for s in seeds], temperature, guidance)
+
+    def _follow(self, ids_BT: Tensor, generators: list[torch.Generator], temperature: float, guidance: float) -> Tensor:
+        """Latents of the flow that follow captions given as ids."""
+        real = ids_BT != PAD
+        text = self._standard("make images from text").text_encoder(ids_BT, real)
         return self.prior.sample(generators, text, real, guidance, temperature)
+
+    def _start(self, batch: int) -> Tensor:
+        return torch.full((batch,), START, dtype=torch.long, device=self.device)
 
     @torch.inference_mode()
     def embed_image(self, z_BZ: Tensor) -> Tensor:
@@ -158,7 +198,7 @@ class MultimodalModel(nn.Module, PyTorchModelHubMixin, library_name="intaglio", 
 
     @classmethod
     def _from_pretrained(cls, *, model_id: str, **kwargs: Any) -> "MultimodalModel":
-        model = super()._from_pretrained(model_id=model_id, **kwargs)
+        model = super()._from_pretrained(model_id=model_id, **{**kwargs, "strict": True})
         local = Path(model_id) / "tokenizer.json"
         model.tokenizer = CaptionTokenizer.load(local if local.is_file() else hf_hub_download(model_id, local.name))
         return model.eval()

@@ -31,19 +31,23 @@ class Stepper(Protocol):
 
 
 class StandardNetwork(nn.Module):
-    """Image → q(z|x); z → image; z → caption; caption → embedding. z is a grid of s·s cells of K numbers: M tokens."""
+    """Image → q(z|x); z → image; z → caption; caption → embedding.
+
+    z is a grid of s·s cells of K numbers; four neighbours together are a token, M = s²/4 of them with 4K numbers.
+    """
 
     def __init__(self, config: MultimodalModelConfig, image_size: int, text_length: int, vocabulary: int):
         super().__init__()
         c, transformer = config, (config.heads, config.feed_forward, config.dropout)
         self.side = image_size // 2 ** len(c.channels)
-        self.tokens = self.side**2
-        cell = c.latent // self.tokens
+        self.tokens = self.side**2 // 4
+        cell = c.latent // self.side**2
         self.image_encoder = ImageEncoder(c.channels, 2 * cell)
         self.image_decoder = ImageDecoder(self.side, c.channels, cell)
         self.embedding = token_embedding(vocabulary, c.width)
-        self.cell_to_token = nn.Linear(cell, c.width)
-        self.cell_position = nn.Parameter(0.02 * torch.randn(self.tokens, c.width))
+        self.to_token = nn.Linear(4 * cell, c.width)
+        self.token_position = nn.Parameter(0.02 * torch.randn(self.tokens, c.width))
+        self.no_latent = nn.Parameter(0.02 * torch.randn(self.tokens, c.width))
         self.text_decoder = CaptionDecoder(self.embedding, text_length, c.decoder_layers, *transformer)
         self.text_encoder = TextEncoder(self.embedding, text_length, c.encoder_layers, *transformer)
         self.image_projection = nn.Sequential(nn.Linear(c.latent, c.width), nn.GELU(), nn.Linear(c.width, c.width))
@@ -56,27 +60,32 @@ class StandardNetwork(nn.Module):
 
     def decode_image(self, z_BZ: Tensor) -> Tensor:
         """(B, 3, S, S) before the output activation."""
-        return self.image_decoder(self.cells(z_BZ).transpose(1, 2).unflatten(2, (self.side, self.side)))
+        half = (self.side // 2, self.side // 2)
+        fourfold = z_BZ.unflatten(-1, (self.tokens, -1)).transpose(1, 2).unflatten(2, half)
+        return self.image_decoder(F.pixel_shuffle(fourfold, 2))
 
     def from_grid(self, grid_BKss: Tensor) -> Tensor:
-        """(B, K, s, s) → (B, Z), cell after cell."""
-        return grid_BKss.flatten(2).transpose(1, 2).flatten(1)
-
-    def cells(self, z_BZ: Tensor) -> Tensor:
-        """(B, Z) → (B, M, K)."""
-        return z_BZ.unflatten(-1, (self.tokens, -1))
+        """(B, K, s, s) → (B, Z), token after token."""
+        return F.pixel_unshuffle(grid_BKss, 2).flatten(2).transpose(1, 2).flatten(1)
 
     def memory(self, z_BZ: Tensor) -> Tensor:
         """z as the (B, M, D) tokens that the text decoder attends to."""
-        return self.cell_to_token(self.cells(z_BZ)) + self.cell_position
+        return self.to_token(z_BZ.unflatten(-1, (self.tokens, -1))) + self.token_position
 
-    def caption_logits(self, z_BZ: Tensor, ids_BT: Tensor) -> Tensor:
-        """(B, T, V): logits of the token after each of ``ids_BT``."""
-        return self.text_decoder(ids_BT, self.memory(z_BZ))
+    def caption_logits(self, z_BZ: Tensor, ids_BT: Tensor, seen_B: Tensor | None = None) -> Tensor:
+        """(B, T, V): logits of the token after each of ``ids_BT``; where ``seen_B`` is False, without the latent."""
+        memory = self.memory(z_BZ)
+        if seen_B is not None:
+            memory = torch.where(seen_B[:, None, None], memory, self.no_latent.to(memory))
+        return self.text_decoder(ids_BT, memory)
 
     def decoding(self, z_BZ: Tensor) -> Stepper:
         """A decoding of captions from z with a key/value cache."""
         return CachedDecoding(self.text_decoder, self.memory(z_BZ))
+
+    def free_decoding(self, batch: int) -> Stepper:
+        """A decoding of captions without any latent: what the training captions are like."""
+        return CachedDecoding(self.text_decoder, self.no_latent.expand(batch, -1, -1))
 
     def embed_image(self, z_BZ: Tensor) -> Tensor:
         """Unit vectors (B, D) that ``embed_text`` can be compared with."""

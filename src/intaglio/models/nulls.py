@@ -33,8 +33,8 @@ def bigram(train_ML: np.ndarray, test_ML: np.ndarray, vocabulary: int) -> TextNu
     single /= single.sum()
     after = 0.9 * pairs / np.maximum(pairs.sum(1, keepdims=True), 1.0) + 0.1 * single
     previous, targets = _pairs(test_ML)
-    probability = after[previous, targets] / after[previous].sum(1)
-    return TextNull(float(-np.log(probability).mean()), float((after[previous].argmax(1) == targets).mean()))
+    probability = after[previous, targets] / after.sum(1)[previous]
+    return TextNull(float(-np.log(probability).mean()), float((after.argmax(1)[previous] == targets).mean()))
 
 
 def majority(train_labels: list[str | None], test_labels: list[str | None]) -> float:
@@ -43,13 +43,16 @@ def majority(train_labels: list[str | None], test_labels: list[str | None]) -> f
     return float(np.mean([x == names[counts.argmax()] for x in test_labels]))
 
 
-def mean_image_error(train: np.ndarray, test: np.ndarray) -> float:
-    """Mean squared error, pixels in [0, 1], of answering with the mean training image; uint8 (N, S, S, 3) each."""
-    total = np.zeros(train.shape[1:])
-    for part in np.array_split(np.arange(len(train)), max(1, len(train) // 512)):
-        total += train[part].astype(np.float64).sum(0)
+def mean_image_errors(images: np.ndarray, train: np.ndarray, test: np.ndarray) -> np.ndarray:
+    """Squared error of answering with the mean of the items ``train``, for each of the items ``test``: (len(test),).
+
+    Images are uint8 (N, S, S, 3); errors are means over pixels in [0, 1].
+    """
+    total = np.zeros(images.shape[1:])
+    for start in range(0, len(train), 512):
+        total += images[train[start : start + 512]].sum(0, dtype=np.float64)
     mean = total / len(train)
-    return float(np.mean([np.square(image - mean).mean() for image in test]) / 255**2)
+    return np.array([np.square(images[k] - mean).mean() for k in test]) / 255**2
 
 
 def _pairs(ids_ML: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

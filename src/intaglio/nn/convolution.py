@@ -60,7 +60,7 @@ class ImageDecoder(nn.Module):
         widths = (*reversed(channels[1:]), max(48, channels[0]))
         self.enter = nn.Conv2d(latent, deep, 1)
         self.position = nn.Parameter(0.5 * torch.randn(deep, side, side))
-        layers: list[nn.Module] = [Residual(deep)]
+        layers: list[nn.Module] = [Residual(deep), Residual(deep)]
         for a, b in pairwise(widths):
             layers += [nn.ConvTranspose2d(a, b, 4, 2, 1), Residual(b)]
         last = nn.Conv2d(widths[-1], 12, 3, 1, 1)

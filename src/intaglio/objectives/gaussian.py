@@ -1,7 +1,5 @@
 """Losses of diagonal Gaussians."""
 
-import math
-
 import torch
 from torch import Tensor
 
@@ -12,11 +10,6 @@ def kl_to_standard(mean: Tensor, log_variance: Tensor) -> Tensor:
     Kingma & Welling 2014, appendix B: ½ Σ (μ² + σ² − 1 − log σ²).
     """
     return 0.5 * (mean.square() + log_variance.exp() - 1 - log_variance).sum(-1)
-
-
-def negative_log_likelihood(x: Tensor, mean: Tensor, log_variance: Tensor) -> Tensor:
-    """−log N(x; μ, σ²) in nats, summed over the last dimension: (..., Z) → (...)."""
-    return 0.5 * ((x - mean).square() * (-log_variance).exp() + log_variance + math.log(2 * math.pi)).sum(-1)
 
 
 def sample(mean: Tensor, log_variance: Tensor, noise: Tensor) -> Tensor:

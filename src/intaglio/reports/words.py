@@ -19,6 +19,7 @@ BIGRAM, CHANCE, COMMONEST = "bigram model", "guess", "commonest object"
 QUANTITIES = {
     "caption/token_accuracy": Quantity("Caption: next token right", 1, BIGRAM, "%"),
     "caption/nats_per_token": Quantity("Caption: surprise per token", -1, BIGRAM, "nats"),
+    "unigram/nats_per_token": Quantity("Caption: surprise of a unigram model", 0, "", "nats"),
     "caption/shuffled_latent_nats": Quantity("Caption: cost of another image’s latent", 1, "latent ignored", "nats"),
     "caption/object": Quantity("Caption names the main object", 1, COMMONEST, "%"),
     "image/r2_over_mean_image": Quantity("Image: variance explained over the mean image", 1, "mean image", "R²"),
@@ -26,6 +27,9 @@ QUANTITIES = {
     "image/mse": Quantity("Image: squared error of reconstructions", -1, "mean image"),
     "image/object": Quantity("Image: reconstruction shows the object", 1, COMMONEST, "%"),
     "prior/object": Quantity("Samples: image shows what its caption names", 1, "captions of others", "%"),
+    "prior/flow_loss": Quantity("Samples: flow loss of the prior", -1, "Gaussian"),
+    "posterior/object": Quantity("The same for latents of held-out images", 1, "captions of others", "%"),
+    "gaussian_prior/object": Quantity("The same for latents of a Gaussian", 1, "captions of others", "%"),
     "retrieval/image_to_text_r1": Quantity("Search: an image finds its caption first", 1, CHANCE, "%"),
     "retrieval/text_to_image_r1": Quantity("Search: a caption finds its image first", 1, CHANCE, "%"),
     "judge/accuracy": Quantity("Judge of objects, on real images", 1, COMMONEST, "%"),

@@ -10,7 +10,6 @@ import torch
 from torch import Tensor, nn
 
 from intaglio.config import Config
-from intaglio.history.reading import Reading
 from intaglio.objectives import Term
 from intaglio.objectives.distributed import processes, rank
 from intaglio.systems.optimizers import configure, parameter_groups
@@ -24,7 +23,7 @@ class System(L.LightningModule):
     """A model and how it is trained.
 
     A subclass gives ``loss_terms``, ``taps`` and ``nulls``. ``training_step`` reads: terms, their weighted sum, its
-    gradient. The weight that is logged is the number that multiplied (law 7).
+    gradient. The weight that is logged is the number that multiplied.
     """
 
     model: nn.Module
@@ -59,19 +58,29 @@ class System(L.LightningModule):
         torch.manual_seed(self.noise_seed(batch_idx))
         terms = self.loss_terms(batch)
         total = self.weigh(terms)
-        self.terms = {name: Term(value.detach(), weight) for name, (value, weight) in terms.items()}
-        self.total = total.detach()
+        self._remember(terms, total.detach())
         return total
+
+    def _remember(self, terms: Mapping[str, Term], total: Tensor) -> None:
+        """Terms and total of an optimizer step: their means over the forward passes that it accumulates."""
+        before = self._pass  # passes of this step so far
+        old = self.terms if before else {}
+
+        def mean(name: str, value: Tensor) -> Tensor:
+            return value if not before else (old[name].value * before + value) / (before + 1)
+
+        self.terms = {name: Term(mean(name, value.detach()), weight) for name, (value, weight) in terms.items()}
+        self.total = total if not before else (self.total * before + total) / (before + 1)
 
     def noise_seed(self, micro_step: int) -> int:
         """Seed of everything random in one forward pass: a function of (seed, rank, step) and no other state."""
         return _key(self.config.seed, 0, rank(), micro_step)
 
-    def noise_like(self, x: Tensor) -> Tensor:
+    def noise_like(self, x: Tensor, stream: int = 1) -> Tensor:
         """N(0, 1) of the shape of ``x``, cut from one draw for the global batch: the same items get the same noise
-        however many processes share them."""
+        however many processes share them. Each ``stream`` is a draw of its own."""
         shape = (len(x) * processes(), *x.shape[1:])
-        generator = torch.Generator().manual_seed(_key(self.config.seed, 1, self.micro_step))
+        generator = torch.Generator().manual_seed(_key(self.config.seed, stream, self.micro_step))
         whole = torch.randn(shape, generator=generator)
         return whole[rank() * len(x) : (rank() + 1) * len(x)].to(x)
 
@@ -117,10 +126,6 @@ class System(L.LightningModule):
     @abstractmethod
     def measure(self, batch: Any) -> dict[str, tuple[Tensor, Tensor]]:
         """Held-out quantities of one batch as (sum, count), to be added up over batches and processes."""
-
-    def evaluate(self) -> dict[str, Reading]:
-        """The system's target quantities on held-out items, each beside its null; the model is in eval mode."""
-        raise NotImplementedError
 
 
 def _key(*parts: int) -> int:

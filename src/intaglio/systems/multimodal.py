@@ -5,6 +5,7 @@ Shapes: B batch, S image side, T text positions, Z latent dimensions, V vocabula
 
 import math
 from collections.abc import Mapping
+from statistics import NormalDist
 
 import numpy as np
 import torch
@@ -23,6 +24,9 @@ from intaglio.objectives.gaussian import kl_to_standard, sample
 from intaglio.objectives.image import l1_plus_mse
 from intaglio.objectives.text import caption_cross_entropy, token_nats
 from intaglio.systems.base import System
+
+UNSEEN = 0.1
+"""Share of captions that are learnt without their latent, so that captions can be drawn before there is one."""
 
 
 class Pairing(nn.Module):
@@ -57,7 +61,11 @@ class MultimodalSystem(System):
         images = self.model.to_range(batch.images)
         q = network.encode_image(images)
         z = sample(q.mean, q.log_variance, self.noise_like(q.mean)) if self.training else q.mean
-        logits_BTV = network.caption_logits(z, batch.ids[:, :-1])
+        if isinstance(network, DocumentedNetwork) or not self.training:
+            logits_BTV = network.caption_logits(z, batch.ids[:, :-1])
+        else:
+            seen_B = self.noise_like(z[:, 0], stream=2) > NormalDist().inv_cdf(UNSEEN)
+            logits_BTV = network.caption_logits(z, batch.ids[:, :-1], seen_B)
         terms = {
             "reconstruction": Term(l1_plus_mse(self.model.decode_image(z), images), weights.reconstruction),
             "caption": Term(caption_cross_entropy(logits_BTV, batch.ids[:, 1:], PAD), weights.caption),
@@ -117,7 +125,7 @@ def null_readings(config: MultimodalConfig, prepared: Prepared) -> dict[str, flo
     return {
         "loss/caption": text.nats,
         "caption/token_accuracy": text.accuracy,
-        "image/mse": nulls.mean_image_error(images[prepared.some("train", 4096)], images[val]),
+        "image/mse": float(nulls.mean_image_errors(images, prepared.some("train", 4096), val).mean()),
         "loss/contrastive": sum(n * chance(n, config.loss.pairing) for n in looks) / len(val),
     }
 

@@ -4,16 +4,18 @@ Shapes: N items, S image side, Z latent dimensions, T text positions.
 """
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from intaglio.data.batches import Batch, fixed_batches
+from intaglio.data import order
+from intaglio.data.batches import fixed_batches
 from intaglio.data.prepare import Prepared
 from intaglio.data.tokenizer import PAD
 from intaglio.history import Reading
-from intaglio.history.reading import share
+from intaglio.history.reading import ratio, share
 from intaglio.models import nulls
 from intaglio.models.classifier import Judge
 from intaglio.models.multimodal import MultimodalModel
@@ -24,133 +26,170 @@ from intaglio.systems.prior import encode_all, held_out_loss
 GALLERY, SAMPLES = 256, 512
 
 
-def evaluate(model: MultimodalModel, prepared: Prepared, judge: Judge | None, items: int = 1024) -> dict[str, Reading]:
-    """Readings named ``<split>/<site>/<quantity>``; ``train/…`` is the same quantity on clean training items.
+class Evaluation(NamedTuple):
+    """Readings named ``<split>/<site>/<quantity>``, and why others are missing: {quantity: reason}."""
 
-    Objects are told by the classes of the corpus; where it has none, what rests on them is left out.
+    readings: dict[str, Reading]
+    not_measured: dict[str, str]
+
+
+def evaluate(model: MultimodalModel, prepared: Prepared, judge: Judge | str, items: int = 1024) -> Evaluation:
+    """Everything on this page; ``train/…`` is the same quantity on clean training items.
+
+    ``judge`` tells objects apart, or is the reason why there is none.
     """
     model.eval()
-    train, val = prepared.some("train", items), prepared.some("val", items)
-    text_null = nulls.bigram(prepared.ids_of(prepared.splits["train"]), prepared.ids_of(val), len(prepared.tokenizer))
     readings: dict[str, Reading] = {}
+    missing: dict[str, str] = {}
+    train, val = prepared.some("train", items), prepared.some("val", items)
     for side, chosen in (("train", train), ("val", val)):
-        nats, right, tokens = _caption_quality(model, prepared, chosen)
-        readings[f"{side}/caption/nats_per_token"] = Reading(nats, text_null.nats, tokens)
-        readings[f"{side}/caption/token_accuracy"] = share(right, tokens, text_null.accuracy)
+        z = encode_all(model, prepared.data.images, chosen)
+        readings |= {f"{side}/{k}": r for k, r in _captions(model, prepared, chosen, z).items()}
     latents = encode_all(model, prepared.data.images, val)
-    readings["val/caption/shuffled_latent_nats"] = _shuffled_latents(model, prepared, val, latents)
-    readings |= _image_quality(model, prepared, val, latents)
-    if not isinstance(model.network, DocumentedNetwork):
+    if len(val) > 1:
+        readings["val/caption/shuffled_latent_nats"] = _shuffled_latents(model, prepared, val, latents)
+    else:
+        missing["val/caption/shuffled_latent_nats"] = "it takes two held-out items"
+    readings |= _image_quality(model, prepared, val, latents, missing)
+    if isinstance(model.network, DocumentedNetwork):
+        missing["val/retrieval"] = "the documented network has no text encoder"
+    else:
         readings |= _retrieval(model, prepared, val, latents)
     if model.prior.flows:
         readings["val/prior/flow_loss"] = held_out_loss(model, prepared)
-    if judge:
-        readings |= _objects(model, prepared, val, latents, judge)
-    return readings
+    if prepared.corpus.labels():
+        readings |= _objects_in_captions(model, prepared, val, latents)
+    else:
+        missing["val/caption/object"] = "the items have no labels"
+    if isinstance(judge, str):
+        missing["val/prior/object"] = judge
+    else:
+        readings |= _objects_in_images(model, prepared, val, latents, judge)
+    return Evaluation(readings, missing)
 
 
 @torch.inference_mode()
-def _caption_quality(model: MultimodalModel, prepared: Prepared, items: np.ndarray) -> tuple[float, int, int]:
-    """Nats per token, right tokens and tokens, teacher-forced, without START and padding."""
-    nats, right, tokens = 0.0, 0, 0
-    for batch in fixed_batches(prepared.data, items, 128):
-        z = model.network.encode_image(model.to_range(batch.images.to(model.device))).mean
-        logits, targets = _logits(model, z, batch)
-        real = targets != PAD
-        nats += float(token_nats(logits, targets, PAD).sum())
-        right += int(((logits.argmax(-1) == targets) & real).sum())
-        tokens += int(real.sum())
-    return nats / tokens, right, tokens
-
-
-def _logits(model: MultimodalModel, z: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
-    ids = batch.ids.to(model.device)
-    return model.network.caption_logits(z, ids[:, :-1]), ids[:, 1:]
-
-
-@torch.inference_mode()
-def _shuffled_latents(model: MultimodalModel, prepared: Prepared, items: np.ndarray, latents: Tensor) -> Reading:
-    """What captions cost more, in nats per token, when each is decoded from another image's latent.
-
-    The interval is a paired bootstrap over the items.
-    """
-    other = torch.roll(latents, 1, dims=0)
-    extra, counts = [], []
-    for start, batch in zip(range(0, len(items), 128), fixed_batches(prepared.data, items, 128), strict=True):
-        part = slice(start, start + 128)
-        costs = []
-        for z in (latents[part], other[part]):
-            logits, targets = _logits(model, z, batch)
-            costs.append(token_nats(logits, targets, PAD).sum(1))
-        extra.append((costs[1] - costs[0]).cpu().numpy())
-        counts.append((batch.ids[:, 1:] != PAD).sum(1).numpy())
-    difference, tokens = np.concatenate(extra), np.concatenate(counts)
-    draws = np.random.default_rng(0).integers(len(items), size=(1000, len(items)))
-    spread = difference[draws].sum(1) / tokens[draws].sum(1)
-    low, high = np.quantile(spread, [0.025, 0.975])
-    return Reading(float(difference.sum() / tokens.sum()), 0.0, len(items), float(low), float(high))
-
-
-def _image_quality(
+def _per_item(
     model: MultimodalModel, prepared: Prepared, items: np.ndarray, latents: Tensor
-) -> dict[str, Reading]:
-    """R² of reconstructions: over the mean training image, and over each image's own mean colour, a harder null."""
-    images = prepared.data.images
-    error, own = 0.0, 0.0
-    for start in range(0, len(items), 128):
-        real = np.asarray(images[items[start : start + 128]]).astype(np.float64) / 255
-        made = model.decode(latents[start : start + 128]).astype(np.float64) / 255
-        error += float(np.square(made - real).mean((1, 2, 3)).sum())
-        own += float(np.square(real - real.mean((1, 2), keepdims=True)).mean((1, 2, 3)).sum())
-    mean_error = nulls.mean_image_error(images[prepared.some("train", 4096)], images[items])
-    n = len(items)
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Nats, right tokens and tokens of each item's caption decoded from the given latents, (N,) each.
+
+    Teacher-forced; START and padding are not counted.
+    """
+    columns: list[Tensor] = []
+    for batch, z in zip(fixed_batches(prepared.data, items, 128), latents.split(128), strict=True):
+        ids = batch.ids.to(model.device)
+        logits, targets = model.network.caption_logits(z, ids[:, :-1]), ids[:, 1:]
+        right = ((logits.argmax(-1) == targets) & (targets != PAD)).sum(1)
+        columns.append(torch.stack([token_nats(logits, targets, PAD).sum(1), right, (targets != PAD).sum(1)]))
+    nats, right, tokens = torch.cat(columns, dim=1).double().cpu().numpy()
+    return nats, right, tokens
+
+
+def _captions(model: MultimodalModel, prepared: Prepared, items: np.ndarray, latents: Tensor) -> dict[str, Reading]:
+    """Surprise and accuracy, beside a bigram model's on the very same captions; intervals over items."""
+    nats, right, tokens = _per_item(model, prepared, items, latents)
+    scored = prepared.data.rows(items, order.draws(items, seed=0))
+    texts = prepared.ids_of(prepared.splits["train"]), prepared.data.ids[scored]
+    null = nulls.bigram(*texts, len(prepared.tokenizer))
     return {
-        "val/image/r2_over_mean_image": Reading(1 - error / n / mean_error, 0.0, n),
-        "val/image/r2_over_own_colour": Reading(1 - error / own, 0.0, n),
-        "val/image/mse": Reading(error / n, mean_error, n),
+        "caption/nats_per_token": ratio(nats, tokens, null.nats),
+        "caption/token_accuracy": ratio(right, tokens, null.accuracy),
+        "unigram/nats_per_token": Reading(nulls.unigram(*texts, len(prepared.tokenizer)).nats, n=len(items)),
     }
 
 
+def _shuffled_latents(model: MultimodalModel, prepared: Prepared, items: np.ndarray, latents: Tensor) -> Reading:
+    """What captions cost more, in nats per token, when each is decoded from another image's latent; paired by item."""
+    mixed = order.permutation(len(items), 0, 1)
+    other = torch.empty_like(latents)
+    other[mixed] = latents[np.roll(mixed, 1)]
+    own, _, tokens = _per_item(model, prepared, items, latents)
+    strange, _, _ = _per_item(model, prepared, items, other)
+    return ratio(strange - own, tokens, 0.0)
+
+
+def _image_quality(
+    model: MultimodalModel, prepared: Prepared, items: np.ndarray, latents: Tensor, missing: dict[str, str]
+) -> dict[str, Reading]:
+    """R² of reconstructions: over the mean training image, and over each image's own mean colour, a harder null."""
+    images, n = prepared.data.images, len(items)
+    errors, own = np.empty(n), np.empty(n)
+    for start in range(0, n, 128):
+        part = slice(start, start + 128)
+        real = np.asarray(images[items[part]]).astype(np.float64) / 255
+        made = model.decode(latents[part]).astype(np.float64) / 255
+        errors[part] = np.square(made - real).mean((1, 2, 3))
+        own[part] = np.square(real - real.mean((1, 2), keepdims=True)).mean((1, 2, 3))
+    mean = nulls.mean_image_errors(images, prepared.some("train", 4096), items)
+    readings = {"val/image/mse": ratio(errors, np.ones(n), float(mean.mean()))}
+    for name, null in (("r2_over_mean_image", mean), ("r2_over_own_colour", own)):
+        if null.sum() > 0:
+            readings[f"val/image/{name}"] = ratio(null - errors, null, 0.0)
+        else:
+            missing[f"val/image/{name}"] = "the held-out images are all alike"
+    return readings
+
+
 def _retrieval(model: MultimodalModel, prepared: Prepared, items: np.ndarray, latents: Tensor) -> dict[str, Reading]:
-    """Recall at 1 within galleries of 256 held-out items (or all, if fewer), both ways, one fixed caption an item."""
+    """Recall at 1 within galleries of 256 held-out items (or all, if fewer), both ways, one fixed caption an item.
+
+    Galleries are mixed; finding another item with the very same caption counts, in the null as well.
+    """
     size = min(GALLERY, len(items))
-    galleries = len(items) // size
-    texts = [prepared.corpus.captions(int(i))[0] for i in items[: galleries * size]]
-    image = model.embed_image(latents[: galleries * size])
-    text = torch.cat([model.embed_text(texts[i : i + 256]) for i in range(0, len(texts), 256)])
-    hits = {"image_to_text": 0, "text_to_image": 0}
-    for g in range(galleries):
-        part = slice(g * size, (g + 1) * size)
-        similarity = image[part] @ text[part].T
-        truth = torch.arange(size, device=similarity.device)
-        hits["image_to_text"] += int((similarity.argmax(1) == truth).sum())
-        hits["text_to_image"] += int((similarity.argmax(0) == truth).sum())
-    return {f"val/retrieval/{way}_r1": share(k, galleries * size, 1 / size) for way, k in hits.items()}
+    mixed = order.permutation(len(items), 0, 2)[: len(items) // size * size]
+    texts = np.array([prepared.corpus.captions(int(items[k]))[0] for k in mixed])
+    image = model.embed_image(latents[mixed])
+    text = torch.cat([model.embed_text(texts[i : i + 256].tolist()) for i in range(0, len(texts), 256)])
+    hits, chance = {"image_to_text": 0, "text_to_image": 0}, 0.0
+    for start in range(0, len(texts), size):
+        part = slice(start, start + size)
+        here = texts[part]
+        similarity = (image[part] @ text[part].T).cpu()
+        hits["image_to_text"] += int((here[similarity.argmax(1).numpy()] == here).sum())
+        hits["text_to_image"] += int((here[similarity.argmax(0).numpy()] == here).sum())
+        chance += float((here[:, None] == here[None]).mean()) * size / len(texts)
+    return {f"val/retrieval/{way}_r1": share(k, len(texts), chance) for way, k in hits.items()}
 
 
-def _objects(
+def _objects_in_captions(
+    model: MultimodalModel, prepared: Prepared, items: np.ndarray, latents: Tensor
+) -> dict[str, Reading]:
+    """The share of held-out images whose greedy caption names their main object."""
+    labels = prepared.labels_of(items)
+    named = [prepared.corpus.label_in(c) for z in latents.split(128) for c in model.caption(z)]
+    known = [k for k, label in enumerate(labels) if label is not None]
+    null = nulls.majority(prepared.labels_of(prepared.splits["train"]), [labels[k] for k in known])
+    return {"val/caption/object": share(_same([named[k] for k in known], [labels[k] for k in known]), len(known), null)}
+
+
+def _objects_in_images(
     model: MultimodalModel, prepared: Prepared, items: np.ndarray, latents: Tensor, judge: Judge
 ) -> dict[str, Reading]:
-    """Main objects: in captions of held-out images, in reconstructions, and in samples of the prior with captions.
+    """What the judge sees: the object of the original in its reconstruction, and the object that the caption names in
+    the image of the same latent.
 
-    A sample counts as right when the judge sees in its image the object that its own caption names first. Its null is
-    the same for latents of the Gaussian that has the mean and covariance of held-out latents.
+    Latents of the prior stand beside those of held-out images and of a Gaussian fitted to them. The null of each puts
+    the captions of other latents of the same kind to the images: where all samples are alike it equals the value.
     """
     labels = prepared.labels_of(items)
     common = nulls.majority(prepared.labels_of(prepared.splits["train"]), labels)
-    named = [prepared.corpus.label_in(c) for c in model.caption(latents)]
-    seen = judge(np.concatenate([model.decode(latents[i : i + 128]) for i in range(0, len(items), 128)]))
 
-    def agreement(z: Tensor) -> int:
-        said = [prepared.corpus.label_in(c) for c in model.caption(z)]
-        return _same(judge(np.concatenate([model.decode(part) for part in z.split(128)])), said)
+    def seen_and_said(z: Tensor) -> tuple[list[str], list[str | None]]:
+        seen = judge(np.concatenate([model.decode(part) for part in z.split(128)]))
+        return seen, [prepared.corpus.label_in(c) for part in z.split(128) for c in model.caption(part)]
 
-    sampled, gaussian = model.sample_prior(range(SAMPLES)), _gaussian_samples(latents, SAMPLES)
+    def agreement(seen: list[str], said: list[str | None]) -> Reading:
+        return share(_same(seen, said), len(seen), _same(seen, [*said[1:], *said[:1]]) / len(seen))
+
+    seen, said = seen_and_said(latents)
+    sampled = seen_and_said(torch.cat([model.sample_prior(range(i, i + 128)) for i in range(0, SAMPLES, 128)]))
     return {
-        "val/caption/object": share(_same(named, labels), len(items), common),
-        "val/image/object": share(_same(seen, labels), len(items), common),
         "val/judge/accuracy": share(round(judge.accuracy * judge.n), judge.n, common),
-        "val/prior/object": share(agreement(sampled), SAMPLES, agreement(gaussian) / SAMPLES),
+        "val/image/object": share(_same(seen, labels), len(items), common),
+        "val/posterior/object": agreement(seen, said),
+        "val/prior/object": agreement(*sampled),
+        "val/gaussian_prior/object": agreement(*seen_and_said(_gaussian_samples(latents, SAMPLES))),
     }
 
 

@@ -10,11 +10,12 @@ from intaglio.objectives.schedules import warmup_constant, warmup_cosine
 
 
 def parameter_groups(model: nn.Module, decay: float) -> list[dict[str, Any]]:
-    """Matrices and kernels with weight decay; biases, norms and embeddings without.
+    """Matrices and kernels with weight decay; biases, norms, embeddings and positions without.
 
     Each trainable tensor stands in exactly one group; a tensor that two modules share counts once.
     """
     embeddings = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
+    embeddings |= {id(p) for name, p in model.named_parameters() if name.endswith("position")}
     trainable = [p for p in model.parameters() if p.requires_grad]
     decayed = [p for p in trainable if p.ndim >= 2 and id(p) not in embeddings]
     rest = [p for p in trainable if p.ndim < 2 or id(p) in embeddings]
@@ -27,7 +28,7 @@ def parameter_groups(model: nn.Module, decay: float) -> list[dict[str, Any]]:
 def configure(groups: list[dict[str, Any]], config: OptimConfig, steps: int) -> dict[str, Any]:
     """Optimizer and schedule in Lightning's form; the schedule counts optimizer steps."""
     kind = {"adamw": torch.optim.AdamW, "adam": torch.optim.Adam}[config.kind]
-    optimizer = kind(groups, lr=config.rate, betas=config.betas)
+    optimizer = kind(groups, lr=config.rate, betas=config.betas, fused=True)
 
     def share(step: int) -> float:
         if config.schedule == "constant":

@@ -46,7 +46,7 @@ def fit(
     train, prior = prepared.splits["train"], model.prior
     latents = encode_all(model, prepared.data.images, train)
     prior.mean.copy_(latents.mean(0))
-    prior.scale.copy_(latents.std(0).clamp_min(1e-4))
+    prior.scale.copy_(latents.std(0, correction=0).clamp_min(1e-4))
     if not prior.flows:
         prior.fitted.fill_(True)
         return
@@ -71,7 +71,7 @@ def fit(
         with torch.no_grad():
             torch._foreach_lerp_(list(average.values()), list(prior.parameters()), 1 - decay)
         if (step + 1) % max(1, config.steps // 4) == 0:
-            say(f"prior: step {step + 1}/{config.steps}, flow loss {float(loss):.3f}")
+            say(f"prior: step {step + 1}/{config.steps}, flow loss {loss.item():.3f}")
     with torch.no_grad():
         for name, parameter in prior.named_parameters():
             parameter.copy_(average[name])

@@ -5,17 +5,17 @@ import shutil
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 
 from intaglio.config import MultimodalConfig
 from intaglio.data.cache import cache_folder
 from intaglio.data.prepare import Prepared
 from intaglio.health.finding import Finding
 from intaglio.health.rules import generalisation
-from intaglio.history import HistoryWriter, Reading, read_history, to_parquet
+from intaglio.history import HistoryWriter, read_history, to_parquet
 from intaglio.history.run_folder import RunFolder, write_atomically
 from intaglio.models.classifier import Judge, judge
 from intaglio.models.multimodal import MultimodalModel
@@ -23,7 +23,7 @@ from intaglio.reports.page import write_page
 from intaglio.reports.proofs import make_proofs
 from intaglio.reports.summary import summary_lines
 from intaglio.systems import prior
-from intaglio.systems.multimodal_evaluation import evaluate
+from intaglio.systems.multimodal_evaluation import Evaluation, evaluate
 
 
 def finish(
@@ -39,50 +39,56 @@ def finish(
     folder.update(train_seconds=round(folder.record["train_seconds"] + time.monotonic() - begun, 1))
     save_model(folder, model)
     say("measuring on held-out items")
-    readings = measure(model, prepared, folder)
+    evaluation = measure(model, prepared, folder)
     written = read_history(folder.metrics)
     named = set(written.filter(written["step"] == step)["name"])
     with HistoryWriter(folder.metrics) as history:
-        history.write(step, float(written["epoch"][-1]), {n: r for n, r in readings.items() if n not in named})
+        history.write(
+            step, float(written["epoch"][-1]), {n: r for n, r in evaluation.readings.items() if n not in named}
+        )
     make_proofs(model, prepared, folder.proofs(step))
     to_parquet(folder.metrics)
-    conclude(folder, readings, step, say)
+    conclude(folder, evaluation, step, say)
 
 
-def measure(model: MultimodalModel, prepared: Prepared, folder: RunFolder) -> dict[str, Reading]:
+def measure(model: MultimodalModel, prepared: Prepared, folder: RunFolder) -> Evaluation:
     """The system's quantities on held-out items, with an independent judge where the items have labels."""
-    config = folder.config()
-    torch.manual_seed(config.seed)
-    return evaluate(model, prepared, independent_judge(prepared, cache_folder(config.data.cache)))
+    return evaluate(model, prepared, independent_judge(prepared, cache_folder(folder.config().data.cache)))
 
 
-def conclude(folder: RunFolder, readings: Mapping[str, Reading], step: int, say: Callable[[str], None]) -> None:
+def conclude(folder: RunFolder, evaluation: Evaluation, step: int, say: Callable[[str], None]) -> None:
     """Writes ``evaluation.json``, ``findings.json`` and the page, and prints the summary."""
+    readings = evaluation.readings
     findings = generalisation.judge(readings)
     seconds = folder.record.get("train_seconds")
     numbers = {name: asdict(r) for name, r in readings.items()}
     write_json(folder, "evaluation.json", {"step": step, "seconds": seconds, "readings": numbers})
-    write_json(folder, "findings.json", verdict(findings))
+    write_json(folder, "findings.json", verdict(findings, evaluation.not_measured))
     page = write_page(folder)
     for line in summary_lines(readings, findings):
         say(line)
     say(f"page: {page}")
 
 
-def verdict(findings: list[Finding]) -> dict[str, Any]:
+def verdict(findings: list[Finding], not_measured: Mapping[str, str]) -> dict[str, Any]:
     """The verdict as it stands in ``findings.json``: never healthy while rules are missing."""
     severities = {f.severity for f in findings}
     word = "failing" if "fail" in severities else "warnings" if "warning" in severities else "cannot tell"
-    missing = [{"reason": "only generalisation is judged so far; the other rules of this system are not built yet"}]
+    missing = [{"reason": f"{name}: {reason}"} for name, reason in not_measured.items()]
+    missing.append({"reason": "only generalisation is judged so far; the other rules are not built yet"})
     return {"verdict": word, "findings": [asdict(f) for f in findings], "not_measured": missing}
 
 
-def independent_judge(prepared: Prepared, cache: Any) -> Judge | None:
-    """A classifier of main objects, or None where the items have no labels or fewer than ten of a class to learn."""
+def independent_judge(prepared: Prepared, cache: Path) -> Judge | str:
+    """A classifier of main objects, or the reason why the items do not allow one."""
     labels = {side: prepared.labels_of(prepared.splits[side]) for side in ("train", "val")}
     known = [x for x in labels["train"] if x is not None]
-    if len(set(known)) < 2 or len(known) < len(labels["train"]) or min(np.unique(known, return_counts=True)[1]) < 10:
-        return None
+    if not known:
+        return "the items have no labels, so no classifier can tell their objects apart"
+    if len(known) < len(labels["train"]) or None in labels["val"]:
+        return "some items have no label, so no classifier can be trained to judge"
+    if len(set(known)) < 2 or min(np.unique(known, return_counts=True)[1]) < 10:
+        return "a classifier to judge needs two classes or more, with ten training items each"
     train, val = prepared.splits["train"], prepared.splits["val"]
     return judge(prepared.data.images, train, known, val, [str(x) for x in labels["val"]], cache)
 
@@ -98,4 +104,4 @@ def save_model(folder: RunFolder, model: MultimodalModel) -> None:
 
 def write_json(folder: RunFolder, name: str, content: Any) -> None:
     """One JSON file of the run folder, atomically."""
-    write_atomically(folder.path / name, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
+    write_atomically(folder.path / name, json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False) + "\n")

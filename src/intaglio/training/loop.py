@@ -54,6 +54,7 @@ class AfterStep(L.Callback):
         self.latest: dict[str, float] = {}
         self.looks = 0
         self.stopped_by: str | None = None
+        self.stopped_early: str | None = None
         self.done = 0
         self._clock = (0.0, 0, 0.0)
         self._handlers: dict[int, Any] = {}
@@ -61,7 +62,8 @@ class AfterStep(L.Callback):
     # state that a resumed run needs
 
     def state_dict(self) -> dict[str, Any]:
-        return {"best": self.best, "best_step": self.best_step, "looks_since_best": self.looks_since_best}
+        names = ("best", "best_step", "looks_since_best", "stopped_early")
+        return {name: self.__dict__[name] for name in names}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self.__dict__.update(state_dict)
@@ -72,6 +74,8 @@ class AfterStep(L.Callback):
         self._refuse_unmeasured_monitor(pl_module)
         self.done = trainer.global_step
         self._clock = (time.perf_counter(), self.done, self.batches.waited)
+        if self.stopped_early and self._out_of_patience():
+            self.stopped_by, trainer.should_stop = self.stopped_early, True
         if threading.current_thread() is threading.main_thread():
             self._handlers = {s: signal.signal(s, self._ask_to_stop) for s in STOP_SIGNALS}
 
@@ -88,8 +92,9 @@ class AfterStep(L.Callback):
             self._log_training(trainer, pl_module, step)
         if step % train.validate_every == 0 or last:
             self._validate(trainer, pl_module, step)
+        best = self.best_step == step
         stop = self._everyone_agrees_to_stop(pl_module.device)
-        if step % train.checkpoint_every == 0 or last or stop:
+        if step % train.checkpoint_every == 0 or best or last or stop:
             self._checkpoint(trainer, step)
         if stop:
             trainer.should_stop = True
@@ -129,12 +134,25 @@ class AfterStep(L.Callback):
             self.best, self.best_step, self.looks_since_best = monitored, step, 0
         else:
             self.looks_since_best += 1
-        if self.config.train.patience and self.looks_since_best >= self.config.train.patience:
-            self.stopped_by = f"early stop: {self.looks_since_best} looks without a better {self.config.train.monitor}"
+        if self._out_of_patience():
+            self.stopped_early = (
+                f"early stop: {self.looks_since_best} looks without a better {self.config.train.monitor}"
+            )
+            self.stopped_by = self.stopped_by or self.stopped_early
         if self.prove and trainer.is_global_zero:
             with self.ema.applied(system) if self.ema else nullcontext():
                 self.prove(system, step)
         self._clock = (self._clock[0] + time.perf_counter() - begun, *self._clock[1:])
+
+    def _out_of_patience(self) -> bool:
+        return 0 < self.config.train.patience <= self.looks_since_best
+
+    def take_best(self, system: System) -> None:
+        """The weights, averaged and live, of the look with the best monitored value."""
+        content = checkpoint.read(self.folder / checkpoint.name(self.best_step))
+        system.load_state_dict(content["state_dict"])
+        if self.ema:
+            self.ema.load_state_dict(content["callbacks"][self.ema.state_key])
 
     def _refuse_unmeasured_monitor(self, system: System) -> None:
         """Finds out before the first step, from one batch, whether ``train.monitor`` is measured at all."""

@@ -45,8 +45,8 @@ class ProgressReport(L.Callback):
         elif trainer.is_global_zero and self.after.looks > self.shown:
             self.shown = self.after.looks
             left = (trainer.max_steps - step) * self.batch_items / max(rate, 1e-9)
-            print(f"step {step}/{trainer.max_steps}  {rate:.0f} items/s  {left / 60:.1f} min left  {held_out}")
-            sys.stdout.flush()
+            line = f"step {step}/{trainer.max_steps}  {rate:.0f} items/s  {left / 60:.1f} min left  {held_out}"
+            print(line, file=sys.stderr, flush=True)
 
     def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         if self.bar:

@@ -2,14 +2,17 @@
 
 import logging
 import math
+import signal
 import sys
+import threading
 import time
 import warnings
 from collections.abc import Iterator, Sequence
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from itertools import islice
 from pathlib import Path
+from types import FrameType
 
 import lightning as L
 import torch
@@ -53,7 +56,7 @@ def train(
         overrides: ``--key.sub value`` words.
         resume: run folder or checkpoint file to go on with; only the length may change.
         parent: run whose model is fine-tuned with a fresh optimizer, at a tenth of its rate unless one is given.
-        dry_run: prepares everything, takes one step on a throw-away copy, writes nothing.
+        dry_run: prepares everything, goes forward and backward once, writes nothing.
 
     Raises:
         ValueError: anything that the user can put right; says how.
@@ -65,9 +68,10 @@ def train(
     source = run_folder.find(parent) if parent is not None else None
     if source is not None:
         config = configuration.load(recipe or source.path / "config.yaml", overrides)
-        if not any(word.split("=")[0] == "--optim.rate" for word in overrides):
-            optim = replace(config.optim, rate=config.optim.rate / 10, floor=config.optim.floor / 10)
-            config = replace(config, optim=optim)
+        given = {word.split("=")[0] for word in overrides}
+        if "--optim.rate" not in given:
+            floor = config.optim.floor if "--optim.floor" in given else config.optim.floor / 10
+            config = replace(config, optim=replace(config.optim, rate=config.optim.rate / 10, floor=floor))
             say(f"fine-tuning at a tenth of the rate: {config.optim.rate:g}; --optim.rate sets another")
         model = of_run(source)
         tokenizer, length = model.tokenizer, model.text_length
@@ -81,8 +85,11 @@ def train(
     prepared = prepare(config.data, config.seed, _multimodal(config).model.vocabulary, tokenizer, length)
     config = _resolve_length(config, prepared)
     _tell_data(say, prepared)
+    if source is not None:
+        _refuse_leak(source, config, prepared)
+    _batches(config, prepared, 0)  # refuses a batch that the items cannot fill
     if dry_run:
-        _one_step(config, prepared, say)
+        _one_step(config, prepared, model, say)
         return None
     folder = None
     if launch.rank() == 0:
@@ -116,14 +123,20 @@ def _resume(path: str | Path, overrides: Sequence[str], recipe: str | Path | Non
             f"or split). Put the data back, or fine-tune on the new data with --from {folder.path}."
         )
     config = _resolve_length(config, prepared)
+    if (config.train.steps or 0) < int(checkpoint.read(source)["global_step"]):
+        raise ValueError(f"{source} is past {config.train.steps} steps already; --resume can only make a run longer.")
     if launch.rank() == 0:
         folder.save_config(config)
         resumed = [*folder.record.get("resumed", []), {"from": source.name, "command": sys.argv}]
         folder.update(status="running", stopped_by=None, error=None, resumed=resumed)
-        for part in folder.checkpoints.glob(".*.part"):  # a checkpoint that a killed process was writing
-            part.unlink()
+        unfinished = folder.checkpoints.glob(".*.part")  # what a killed process was writing
+        later = [p for p in folder.checkpoints.glob("step-*.ckpt") if p.name > source.name]  # as the history's rows
+        if later:
+            say(f"dropping what came after {source.name}: {', '.join(p.name for p in sorted(later))}", always=True)
+        for file in [*unfinished, *later]:
+            file.unlink()
     say(f"resuming {folder.path} from {source.name}")
-    return _fit(config, prepared, folder, source, None, say)
+    return _fit(config, prepared, folder if launch.rank() == 0 else None, source, None, say)
 
 
 def _fit(
@@ -153,19 +166,45 @@ def _fit(
             say(f"Stopped by {after.stopped_by} after step {after.done}; everything is saved.", always=True)
             say(f"Go on with: intaglio train --resume {folder.path}", always=True)
             return folder
+        if config.train.patience and after.best_step != after.done:
+            after.take_best(system)
+            folder.notice(f"the model has the weights of step {after.best_step}, the best {config.train.monitor}")
         if after.ema:
             after.ema.apply_for_good(system)
         if after.stopped_by:
             folder.notice(after.stopped_by)
-        finish(folder, system.model, prepared, after.done, say)
-        folder.update(status="finished", stopped_by=None)
+        system.to("cuda" if config.train.device == "cuda" else "cpu")  # Lightning has moved it to the CPU
+        with _ended_by_sigterm():
+            finish(folder, system.model, prepared, after.done, say)
+        folder.update(status="finished", stopped_by=None, best_step=after.best_step)
     except BaseException as error:
-        if folder is not None and not isinstance(error, SystemExit):
-            status = "interrupted" if isinstance(error, KeyboardInterrupt) else "failed"
+        interrupted = isinstance(error, KeyboardInterrupt) or (isinstance(error, SystemExit) and error.code == 143)
+        if folder is not None and (interrupted or not isinstance(error, SystemExit)):
             with suppress(OSError):  # on a full disk the first error is the one to tell
-                folder.update(status=status, error=f"{type(error).__name__}: {error}")
+                folder.update(
+                    status="interrupted" if interrupted else "failed", error=f"{type(error).__name__}: {error}"
+                )
+        if folder is not None and interrupted:
+            say(f"Interrupted; the training is saved. Go on with: intaglio train --resume {folder.path}", always=True)
         raise
     return folder
+
+
+@contextmanager
+def _ended_by_sigterm() -> Iterator[None]:
+    """Inside, SIGTERM ends the process as an exception does, with its exit code 143."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def end(number: int, frame: FrameType | None) -> None:
+        raise SystemExit(128 + number)
+
+    before = signal.signal(signal.SIGTERM, end)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def _run_trainer(
@@ -179,15 +218,7 @@ def _run_trainer(
 ) -> AfterStep:
     train, world, launched = config.train, config.train.devices, launch.launched()
     nodes = launched.nodes if launched else 1
-    batches = TrainingBatches(
-        prepared.data,
-        prepared.splits["train"],
-        config.seed,
-        train.batch_size,
-        start=done * train.accumulate,
-        rank=launch.rank(),
-        world=world,
-    )
+    batches = _batches(config, prepared, done)
     held_out = prepared.some("val", train.validate_items)
 
     def look() -> Iterator[Batch]:  # whole batches to each process, so that any number of them measures the same
@@ -243,6 +274,15 @@ def _run_trainer(
     return after
 
 
+def _batches(config: Config, prepared: Prepared, done: int) -> TrainingBatches:
+    """This process's training batches after ``done`` optimizer steps."""
+    train = config.train
+    places = {"rank": launch.rank(), "world": train.devices}
+    return TrainingBatches(
+        prepared.data, prepared.splits["train"], config.seed, train.batch_size, done * train.accumulate, **places
+    )
+
+
 def _multimodal(config: Config) -> MultimodalConfig:
     assert isinstance(config, MultimodalConfig), "the only system so far"
     return config
@@ -275,6 +315,15 @@ def _refuse_other_shape(model: MultimodalModel, config: MultimodalConfig, source
         )
 
 
+def _refuse_leak(source: RunFolder, config: Config, prepared: Prepared) -> None:
+    """On the same data a fine-tuned model must have the same held-out items, or it has been trained on some of them."""
+    if source.config().data.source == config.data.source and prepared.fingerprint != source.record["fingerprint"]:
+        raise ValueError(
+            f"{source.path} was trained on {config.data.source} with another split, so items held out now may have "
+            "been trained on then. Keep its --seed and --data settings, or fine-tune on other data with --data.source."
+        )
+
+
 def _tell_data(say: "_Teller", prepared: Prepared) -> None:
     sides = ", ".join(f"{len(items):,} {side}" for side, items in prepared.splits.items())
     say(f"data {prepared.record['source']}: {sides} items, {len(prepared.tokenizer):,} tokens")
@@ -282,13 +331,12 @@ def _tell_data(say: "_Teller", prepared: Prepared) -> None:
         say(f"note: {notice}")
 
 
-def _one_step(config: Config, prepared: Prepared, say: "_Teller") -> None:
-    """One optimizer step on a throw-away system: shows that data, model and loss fit together."""
-    system = multimodal.build(_multimodal(config), prepared)
+def _one_step(config: Config, prepared: Prepared, model: MultimodalModel | None, say: "_Teller") -> None:
+    """One pass forward and backward: shows that data, model and loss fit together."""
+    system = multimodal.build(_multimodal(config), prepared, model)
     train = config.train
-    batches = TrainingBatches(prepared.data, prepared.splits["train"], config.seed, train.batch_size, 0, 0, 1)
     system.to("cuda" if train.device == "cuda" else "cpu")
-    batch = system.transfer_batch_to_device(next(iter(batches)), system.device, 0)
+    batch = system.transfer_batch_to_device(next(iter(_batches(config, prepared, 0))), system.device, 0)
     begun = time.perf_counter()
     with torch.autocast(system.device.type, torch.bfloat16, enabled=system.bf16):
         terms = system.loss_terms(batch)
@@ -308,7 +356,7 @@ class _Teller:
     """Says what a person should know; nothing when quiet, except what must be said."""
 
     def __init__(self, quiet: bool):
-        self.quiet, self.console = quiet, Console(highlight=False)
+        self.quiet, self.console = quiet, Console(highlight=False, stderr=True)
 
     def __call__(self, text: str, always: bool = False) -> None:
         if always or not self.quiet:

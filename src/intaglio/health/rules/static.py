@@ -375,9 +375,9 @@ def _width(attention: nn.Module) -> int:
 
 
 def _standard(config: MultimodalConfig) -> str:
-    """Options of the network without the documented one's faults, with halvings down to a side of about 4."""
-    channels = list(config.model.channels)
-    while config.data.image_size % 2 ** (len(channels) + 1) == 0 and config.data.image_size > 4 * 2 ** len(channels):
+    """Options of the network without the documented one's faults, with halvings down to a side of about 8."""
+    channels = list(config.model.channels[:3])
+    while config.data.image_size % 2 ** (len(channels) + 2) == 0 and config.data.image_size > 8 * 2 ** len(channels):
         channels.append(channels[-1])
     options = f"--model.channels [{','.join(map(str, channels))}]"
     if config.model.network == "standard":

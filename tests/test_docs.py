@@ -1,0 +1,114 @@
+"""The commands of README and docs are run, each on something small."""
+
+import json
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+from conftest import TINY, train
+from PIL import Image
+
+from intaglio.cli import main
+from intaglio.data.engravings import Engravings
+from intaglio.data.pixels import read_image
+
+ROOT = Path(__file__).parents[1]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+TOO_LONG = ("intaglio demo", "intaglio bench")
+
+
+def commands() -> list[str]:
+    """Each ``intaglio …`` line of the shell blocks, once."""
+    found = []
+    for page in PAGES:
+        for block in re.findall(r"```sh\n(.*?)```", page.read_text(encoding="utf-8"), re.DOTALL):
+            found += [line.split("  #")[0].strip() for line in block.splitlines() if line.startswith("intaglio ")]
+    return [c for c in dict.fromkeys(found) if not c.startswith(TOO_LONG) and "--train.devices" not in c]
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A working directory with a finished run, a folder of captioned images and single images."""
+    place = tmp_path_factory.mktemp("docs")
+    run = train(place / "made", "--name=small")
+    (place / "FOLDER").mkdir()
+    corpus = Engravings(48, seed=3)
+    rows = []
+    for i in range(48):
+        name = "some.jpg" if i == 0 else f"{i}.png"
+        Image.fromarray(corpus.image(i, 40)).save(place / "FOLDER" / name)
+        rows.append(json.dumps({"file_name": name, "caption": corpus.captions(i)[0]}))
+    (place / "FOLDER" / "metadata.jsonl").write_text("\n".join(rows) + "\n")
+    for name in ("a.png", "b.png", "image.png"):
+        Image.fromarray(corpus.image(len(name), 64)).save(place / name)
+    (place / "runs").mkdir()
+    for name in ("multimodal-small", "multimodal-folder"):
+        (place / "runs" / name).symlink_to(run.path)
+    (place / "RUN").symlink_to(run.path)
+    return place
+
+
+@pytest.mark.parametrize("command", commands())
+def test_command_of_the_docs_works(
+    command: str, place: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = shlex.split(command)[1:]
+    monkeypatch.chdir(place)
+    if words[0] == "train" and "--resume" in words:
+        words = ["train", "--resume", str(train(place / "resumed").path), *words[3:]]
+        words = ["24" if w == "6000" else w for w in words]
+    elif words[0] == "train":
+        folder = any("FOLDER" in w for w in words)
+        tiny = [w for w in TINY if not (folder and w.startswith("--data.items"))]
+        words = ["train", *tiny, "--runs=more", *([] if "--print_config" in words else ["--quiet"]), *words[1:]]
+        words = ["12" if w == "500" else w for w in words]
+    expected = 1 if words[:2] == ["check", "documented-multimodal"] or words[0] == "evaluate" else 0
+    assert main(words) == expected, capsys.readouterr().err
+    out = capsys.readouterr().out
+    if "--json" in words:
+        json.loads(out)
+
+
+def test_generated_images_are_an_image_folder_that_is_captioned(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(place)
+    assert main(["generate", "RUN", "--n", "3", "--out", "three"]) == 0
+    rows = [json.loads(line) for line in (place / "three/metadata.jsonl").read_text().splitlines()]
+    assert [r["seed"] for r in rows] == [0, 1, 2]
+    assert read_image(place / "three" / rows[0]["file_name"], 16)[0].shape == (16, 16, 3)
+    assert main(["generate", "RUN", "--n", "1", "--seed", "2", "--out", "one"]) == 0
+    alone = json.loads((place / "one/metadata.jsonl").read_text())
+    assert alone["caption"] == rows[2]["caption"]
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        (["generate", "RUN", "--out", "FOLDER"], "isn't empty"),
+        (["caption", "RUN", "nowhere.png"], "There is no file or folder"),
+        (["caption", "nowhere", "a.png"], "is not a run folder"),
+        (["search", "RUN"], "by one of the two"),
+        (["encode", "RUN", "FOLDER", "--out", "x.npy"], "must end in .safetensors or .parquet"),
+        (["interpolate", "RUN", "a.png", "b.png", "--steps", "1"], "at least 2"),
+        (["caption", "RUN", "a.png", "--temperature", "2"], "no effect with method"),
+        (["train"], "Which recipe?"),
+    ],
+)
+def test_wrong_use_says_what_is_right(
+    place: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], words: list[str], says: str
+) -> None:
+    monkeypatch.chdir(place)
+    assert main(words) == 2
+    assert says in capsys.readouterr().err
+
+
+def test_unreadable_images_are_skipped_by_name(
+    place: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(place)
+    (place / "torn.png").write_bytes((place / "a.png").read_bytes()[:200])
+    assert main(["caption", "RUN", "a.png", "torn.png", "--json"]) == 0
+    answer = capsys.readouterr()
+    assert list(json.loads(answer.out)["captions"]) == ["a.png"]
+    assert "torn.png" in answer.err
+    assert main(["encode", "RUN", "torn.png"]) == 2
