@@ -3,12 +3,14 @@
 import json
 import re
 import shlex
+from dataclasses import fields
 from pathlib import Path
 
 import pytest
 from conftest import TINY, train
 from PIL import Image
 
+from intaglio.bench import Result, markdown
 from intaglio.cli import main
 from intaglio.data.engravings import Engravings
 from intaglio.data.pixels import read_image
@@ -112,3 +114,11 @@ def test_unreadable_images_are_skipped_by_name(
     assert list(json.loads(answer.out)["captions"]) == ["a.png"]
     assert "torn.png" in answer.err
     assert main(["encode", "RUN", "torn.png"]) == 2
+
+
+@pytest.mark.parametrize("what", sorted(p.stem for p in (ROOT / "benchmarks").glob("*.json")))
+def test_tables_of_the_readme_are_what_the_benchmarks_wrote(what: str) -> None:
+    written = json.loads((ROOT / "benchmarks" / f"{what}.json").read_text(encoding="utf-8"))["results"]
+    names = [f.name for f in fields(Result)]
+    table = markdown([Result(**{k: v for k, v in row.items() if k in names}) for row in written])
+    assert table in (ROOT / "README.md").read_text(encoding="utf-8")

@@ -9,9 +9,6 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
-from rich.table import Table
-
 from intaglio import __version__
 
 
@@ -37,8 +34,7 @@ def run_benchmark(what: str, out: str) -> int:
     """Runs the benchmark ``what`` and writes ``out/<what>.json``; 0 if every target was met, else 1."""
     results, facts = import_module(f"intaglio.bench.{what}").measure()
     write(Path(out) / f"{what}.json", results, facts)
-    Path(out, f"{what}.md").write_text(markdown(results), encoding="utf-8")
-    show(results)
+    print(markdown(results))
     return int(not all(r.met for r in results))
 
 
@@ -59,7 +55,7 @@ def write(path: Path, results: Sequence[Result], facts: dict[str, Any]) -> None:
 
 
 def markdown(results: Sequence[Result]) -> str:
-    """The table that the README shows."""
+    """The table, as the README shows it."""
     lines = ["| quantity | null | target | measured | 95 % interval |", "|---|---|---|---|---|"]
     lines += [f"| {r.quantity} | {' | '.join(_cells(r))} |" for r in results]
     return "\n".join(lines) + "\n"
@@ -71,11 +67,3 @@ def _cells(r: Result) -> tuple[str, str, str, str]:
     measured = f"{r.measured:.3f}" if r.met else f"**{r.measured:.3f}** (missed)"
     null = "" if r.null is None else f"{r.null:.3f}"
     return null, f"{'≥' if r.better == 'higher' else '≤'} {r.target:g}", measured, interval
-
-
-def show(results: Sequence[Result]) -> None:
-    """The table for the terminal."""
-    table = Table("quantity", "null", "target", "measured", "95 % interval")
-    for r in results:
-        table.add_row(r.quantity, *(cell.replace("**", "") for cell in _cells(r)))
-    Console().print(table)

@@ -28,7 +28,7 @@ from intaglio.models.networks import RecomputedDecoding
 from intaglio.systems import multimodal
 from intaglio.training.run import train
 
-STEPS, WARM, ROUNDS = 40, 8, 4
+STEPS, WARM, ROUNDS = 72, 8, 3
 
 
 def measure() -> tuple[list[Result], dict[str, Any]]:
@@ -59,7 +59,7 @@ def measure() -> tuple[list[Result], dict[str, Any]]:
 
 def _trainer_against_bare(scratch: Path) -> tuple[list[float], list[float], list[float]]:
     """Items per second of both, alternated, after ``WARM`` steps each; and the trainer's share of waiting."""
-    words = ["--runs", str(scratch), "--data.items", "4000", "--train.validate_every", "100000"]
+    words = ["--runs", str(scratch), "--data.items", "4000", "--train.validate_every", "100000", "--prior.steps", "1"]
     config = load("multimodal-small", [*words, "--train.steps", str(STEPS), "--train.precision", _precision()])
     assert isinstance(config, MultimodalConfig)
     prepared = prepare(config.data, config.seed, config.model.vocabulary)

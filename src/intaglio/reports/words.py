@@ -27,9 +27,11 @@ QUANTITIES = {
     "image/mse": Quantity("Image: squared error of reconstructions", -1, "mean image"),
     "image/object": Quantity("Image: reconstruction shows the object", 1, COMMONEST, "%"),
     "prior/object": Quantity("Samples: image shows what its caption names", 1, "captions of others", "%"),
+    "posterior/object": Quantity("Real latents: image shows what its caption names", 1, "captions of others", "%"),
+    "gaussian_prior/object": Quantity(
+        "Gaussian latents: image shows what its caption names", 1, "captions of others", "%"
+    ),
     "prior/flow_loss": Quantity("Samples: flow loss of the prior", -1, "Gaussian"),
-    "posterior/object": Quantity("The same for latents of held-out images", 1, "captions of others", "%"),
-    "gaussian_prior/object": Quantity("The same for latents of a Gaussian", 1, "captions of others", "%"),
     "retrieval/image_to_text_r1": Quantity("Search: an image finds its caption first", 1, CHANCE, "%"),
     "retrieval/text_to_image_r1": Quantity("Search: a caption finds its image first", 1, CHANCE, "%"),
     "judge/accuracy": Quantity("Judge of objects, on real images", 1, COMMONEST, "%"),
