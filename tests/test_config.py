@@ -55,6 +55,10 @@ def test_epochs_on_the_command_line_replace_the_recipe_s_steps() -> None:
         (["--model.channels", "[8,8,8,8,8,8]"], "leaves no even grid"),
         (["--model.latent", "100"], "multiple of the latent's cells, 64"),
         (["--loss.temperature", "0"], "loss.temperature is 0"),
+        (["--train.validate_every", "-1"], "train.validate_every is -1"),
+        (["--data.text_length", "2"], "use at least 3"),
+        (["--model.dropout", "1"], "model.dropout is 1.0"),
+        (["--optim.betas", "[0.9,1]"], "optim.betas is [0.9, 1.0]"),
         (["--train.monitor", "val/caption/token_accuracy"], "lowest value"),
     ],
 )

@@ -89,6 +89,10 @@ def test_generated_images_are_an_image_folder_that_is_captioned(place: Path, mon
         (["generate", "RUN", "--out", "FOLDER"], "isn't empty"),
         (["caption", "RUN", "nowhere.png"], "There is no file or folder"),
         (["caption", "nowhere", "a.png"], "is not a run folder"),
+        (["search", "RUN", "--text", "a", "--top", "0"], "at least 1 hit"),
+        (["generate", "RUN", "--n", "0"], "at least 1 image"),
+        (["caption", "RUN", "a.png", "--temperature", "0", "--method", "sample"], "temperature"),
+        (["caption", "RUN", "a.png", "--seed", "3"], "no effect on greedy"),
         (["search", "RUN"], "by one of the two"),
         (["encode", "RUN", "FOLDER", "--out", "x.npy"], "must end in .safetensors or .parquet"),
         (["interpolate", "RUN", "a.png", "b.png", "--steps", "1"], "at least 2"),
@@ -114,6 +118,15 @@ def test_unreadable_images_are_skipped_by_name(
     assert list(json.loads(answer.out)["captions"]) == ["a.png"]
     assert "torn.png" in answer.err
     assert main(["encode", "RUN", "torn.png"]) == 2
+    (place / "some/.hidden").mkdir(parents=True)
+    for name in ("a.png", "torn.png", ".hidden/b.png"):
+        (place / "some" / name).write_bytes((place / Path(name).name).read_bytes())
+    for words in (["search", "RUN", "--text", "a", "--in", "some"], ["reconstruct", "RUN", "some", "--out", "again"]):
+        capsys.readouterr()
+        assert main([*words, "--json"]) == 0
+        answer = json.loads(capsys.readouterr().out)
+        assert list(answer["skipped"]) == ["some/torn.png"]
+        assert "hidden" not in str(answer)
 
 
 @pytest.mark.parametrize("what", sorted(p.stem for p in (ROOT / "benchmarks").glob("*.json")))

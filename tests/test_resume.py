@@ -104,6 +104,19 @@ def test_a_signal_saves_and_says_how_to_go_on(which, code, tmp_path, reference):
     same(resume(run.path), reference)
 
 
+@pytest.mark.parametrize(("which", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_a_signal_while_finishing_says_how_to_go_on(which, code, tmp_path):
+    run = RunFolder(tmp_path / "a")
+    process = start("train", "multimodal-small", *tiny(tmp_path, "--train.steps=1", "--prior.steps=1000000"))
+    assert any("fitting the prior" in line for line in process.stdout)
+    process.send_signal(which)
+    said, _ = process.communicate(timeout=60)
+    assert process.returncode == code
+    assert (run.record["status"], run.record["stopped_by"]) == ("interrupted", which.name)
+    assert f"Go on with: intaglio train --resume {run.path}" in said
+    assert "Traceback" not in said
+
+
 def test_the_applied_rate_is_the_schedule(reference):
     assert rates(reference) == pytest.approx([cosine(step, 20) for step in range(1, 21)], rel=1e-12)
     assert rates(reference)[-1] == 1e-6

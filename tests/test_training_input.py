@@ -161,6 +161,7 @@ def test_unknown_words_are_refused_by_the_nearest_right_one(tmp_path, refused):
 def test_fewer_items_than_a_batch_are_refused(tmp_path, refused):
     said = refused("train", "multimodal-small", *tiny(tmp_path, "--data.items=20", "--train.batch_size=64"))
     assert "train.batch_size is 64, but only 18 items are left for training. Use --train.batch_size 16 or less" in said
+    assert not (tmp_path / "a").exists()
 
 
 def test_what_is_no_run_is_refused(tmp_path, refused):
@@ -182,6 +183,18 @@ def test_resuming_changes_only_the_length(interrupted, refused):
     assert f"use --from {path}" in said
     said = refused("train", "multimodal-medium", "--resume", path)
     assert "leave the recipe multimodal-medium out" in said
+    assert "(name: 'a' -> 'b')" in refused("train", "--resume", path, "--name=b")
+    assert "is past 3 steps already" in refused("train", "--resume", path, "--train.steps=3")
+    assert "leave --from and --dry-run out" in refused("train", "--resume", path, "--dry-run")
+    assert "leave --resume, --from" in refused("train", "--resume", path, "--print_config")
+
+
+def test_resuming_from_an_older_checkpoint_says_what_it_drops(interrupted, capsys):
+    older, last = (interrupted.checkpoints / checkpoint.name(step) for step in (15, 20))
+    assert main(["train", "--resume", str(older), "--quiet", "--json"]) == 0
+    answer = capsys.readouterr()
+    assert json.loads(answer.out) == {"run": str(interrupted.path), "status": "finished", "step": 20}
+    assert f"dropping what came after {older.name}: {last.name}" in answer.err
 
 
 def test_damaged_checkpoints_are_refused_and_the_earlier_named(interrupted, refused):
@@ -270,11 +283,13 @@ def limit_files(size: int) -> None:
 
 
 def test_a_loss_that_is_not_finite_stops_before_the_step(tmp_path):
+    handlers = [signal.getsignal(which) for which in (signal.SIGINT, signal.SIGTERM)]
     words = ["--optim.rate=1e30", "--optim.warmup=0", "--train.checkpoint_every=1", "--train.validate_every=20"]
     with pytest.raises(RuntimeError) as caught:
         train(tmp_path, *words)
     assert "The step was not taken." in str(caught.value)
     assert "--optim.rate" in str(caught.value)
+    assert handlers == [signal.getsignal(which) for which in (signal.SIGINT, signal.SIGTERM)]
     run = RunFolder(tmp_path / "a")
     assert run.record["status"] == "failed"
     last = checkpoint.newest(run.checkpoints)
@@ -302,6 +317,8 @@ def test_fine_tuning_on_the_same_data_with_another_split_is_refused(tmp_path, re
     said = refused("train", "--from", str(parent.path), "--seed", "1", "--runs", str(tmp_path), "--quiet")
     assert "with another split" in said
     assert "Keep its --seed" in said
+    said = refused("train", "--from", str(parent.path), "--optim.floor=1e-3", "--quiet")
+    assert "optim.floor within [0, rate]" in said, "of the divided rate"
     assert not (tmp_path / "a").exists()
 
 

@@ -184,6 +184,8 @@ def search(
     """
     if (text is None) == (image is None):
         raise ValueError("Search by one of the two: --text WORDS or --image FILE.")
+    if top < 1:
+        raise ValueError(f"top is {top}; ask for at least 1 hit.")
     model = load_model(run)
     if text is not None:
         query = model.embed_text([text])

@@ -51,6 +51,8 @@ def _train(a: Arguments) -> int:
     if a.print_config:
         from intaglio import config
 
+        if a.resume or a.parent or a.dry_run:
+            raise ValueError("--print_config prints what a recipe is; leave --resume, --from and --dry-run out.")
         if a.recipe is None:
             raise ValueError(f"Which recipe? One of: {', '.join(config.recipes())}.")
         resolved = config.load(a.recipe, a.overrides)

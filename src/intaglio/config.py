@@ -395,8 +395,10 @@ def _faults(config: Config) -> Iterator[str]:
     if isinstance(config, MultimodalConfig):
         m, p, w = config.model, config.prior, config.loss
         at_least_one |= {"model.latent": m.latent, "model.width": m.width, "model.heads": m.heads}
-        at_least_one |= {"model.vocabulary": m.vocabulary, "prior.steps": p.steps, "prior.batch_size": p.batch_size}
+        at_least_one |= {"model.vocabulary": m.vocabulary, "model.feed_forward": m.feed_forward}
+        at_least_one |= {"prior.steps": p.steps, "prior.batch_size": p.batch_size}
         not_negative |= {"prior.layers": p.layers, "model.decoder_layers": m.decoder_layers}
+        not_negative |= {"model.encoder_layers": m.encoder_layers}
         not_negative |= {f"loss.{k}": getattr(w, k) for k in ("reconstruction", "caption", "contrastive", "kl")}
     yield from (f"{k} is {v}; it must be at least 1." for k, v in at_least_one.items() if v < 1)
     yield from (f"{k} is {v}; it must not be negative." for k, v in not_negative.items() if v < 0)
@@ -410,6 +412,8 @@ def _faults(config: Config) -> Iterator[str]:
         yield "data.items counts built-in scenes; a folder has its own. Leave it out, or set it to null."
     if d.items is not None and d.items < 2:
         yield f"data.items is {d.items}; use at least 2, one of them held out."
+    if not 0 <= d.bad_limit <= 1:
+        yield f"data.bad_limit is {d.bad_limit}; use a share from 0 to 1, such as 0.05."
     if (t.steps is None) == (t.epochs is None):
         yield "give train.steps or train.epochs, one of them (null for the other)."
     if t.steps is not None and t.steps < 1:
@@ -422,6 +426,8 @@ def _faults(config: Config) -> Iterator[str]:
         yield f"train.ema is {t.ema}; use a decay in [0, 1), such as 0.999."
     if o.rate <= 0 or not 0 <= o.floor <= o.rate:
         yield "optim.rate must be above 0 and optim.floor within [0, rate]."
+    if not all(0 <= beta < 1 for beta in o.betas):
+        yield f"optim.betas is {list(o.betas)}; use decay rates in [0, 1), such as [0.9, 0.99]."
     if not t.monitor.startswith("val/loss/"):
         yield f"train.monitor is {t.monitor}; the best look has the lowest value, so name a val/loss/… quantity."
     if isinstance(config, MultimodalConfig):
@@ -436,6 +442,10 @@ def _multimodal_faults(config: MultimodalConfig) -> Iterator[str]:
         yield f"model.channels is {list(m.channels)}; the image is halved at least 3 times, each with its channels."
     if config.prior.width % 32 or config.prior.width < 32:
         yield f"prior.width is {config.prior.width}; use a multiple of 32."
+    if config.prior.rate <= 0:
+        yield f"prior.rate is {config.prior.rate}; use more than 0, such as 0.002."
+    if not 0 <= m.dropout < 1:
+        yield f"model.dropout is {m.dropout}; use a share in [0, 1), such as 0.1."
     if config.loss.temperature <= 0:
         yield f"loss.temperature is {config.loss.temperature}; use more than 0, such as 0.1."
     if (config.loss.pairing == "self") != (m.network == "documented"):

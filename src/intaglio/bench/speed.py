@@ -28,7 +28,7 @@ from intaglio.models.networks import RecomputedDecoding
 from intaglio.systems import multimodal
 from intaglio.training.run import train
 
-STEPS, WARM, ROUNDS = 72, 8, 3
+STEPS, WARM, ROUNDS = 100, 20, 4
 
 
 def measure() -> tuple[list[Result], dict[str, Any]]:

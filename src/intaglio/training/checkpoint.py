@@ -104,7 +104,7 @@ def refuse_other_recipe(old: Config, new: Config, where: Path) -> None:
     Raises:
         CheckpointError: other keys differ; names them.
     """
-    changed = {k: v for k, v in configuration.diff(old, new).items() if k not in (*RESUMABLE, "name", "runs")}
+    changed = {k: v for k, v in configuration.diff(old, new).items() if k not in RESUMABLE}
     if changed:
         listed = ", ".join(f"{k}: {a!r} -> {b!r}" for k, (a, b) in changed.items())
         raise CheckpointError(

@@ -74,7 +74,9 @@ class AfterStep(L.Callback):
         self._refuse_unmeasured_monitor(pl_module)
         self.done = trainer.global_step
         self._clock = (time.perf_counter(), self.done, self.batches.waited)
-        if self.stopped_early and self._out_of_patience():
+        if not self._out_of_patience():  # a longer patience takes an early stop back
+            self.stopped_early = None
+        if self.stopped_early:
             self.stopped_by, trainer.should_stop = self.stopped_early, True
         if threading.current_thread() is threading.main_thread():
             self._handlers = {s: signal.signal(s, self._ask_to_stop) for s in STOP_SIGNALS}
@@ -100,11 +102,17 @@ class AfterStep(L.Callback):
             trainer.should_stop = True
 
     def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        self._give_signals_back()
+
+    def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
+        self._give_signals_back()  # Lightning calls no teardown then
+
+    # the parts
+
+    def _give_signals_back(self) -> None:
         for which, handler in self._handlers.items():
             signal.signal(which, handler)
         self._handlers = {}
-
-    # the parts
 
     def _log_training(self, trainer: L.Trainer, system: System, step: int) -> None:
         now, waited = time.perf_counter(), self.batches.waited
@@ -147,12 +155,16 @@ class AfterStep(L.Callback):
     def _out_of_patience(self) -> bool:
         return 0 < self.config.train.patience <= self.looks_since_best
 
-    def take_best(self, system: System) -> None:
-        """The weights, averaged and live, of the look with the best monitored value."""
-        content = checkpoint.read(self.folder / checkpoint.name(self.best_step))
+    def take_best(self, system: System) -> str:
+        """The weights, averaged and live, of the look with the best monitored value; says what it took."""
+        monitor, file = self.config.train.monitor, self.folder / checkpoint.name(self.best_step)
+        if not file.is_file():  # no look gave a number, or an earlier checkpoint than this one was resumed from
+            return f"the model has the last weights: of the best {monitor} (step {self.best_step}) none are kept"
+        content = checkpoint.read(file)
         system.load_state_dict(content["state_dict"])
         if self.ema:
             self.ema.load_state_dict(content["callbacks"][self.ema.state_key])
+        return f"the model has the weights of step {self.best_step}, the best {monitor}"
 
     def _refuse_unmeasured_monitor(self, system: System) -> None:
         """Finds out before the first step, from one batch, whether ``train.monitor`` is measured at all."""

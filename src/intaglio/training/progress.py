@@ -18,7 +18,7 @@ class ProgressReport(L.Callback):
         self.after, self.batch_items, self.monitor, self.console = after, batch_items, monitor, console
         self.bar: Progress | None = None
         self.task = TaskID(0)
-        self.wants_bar = console.is_terminal and not quiet
+        self.quiet, self.wants_bar = quiet, console.is_terminal and not quiet
         self.begun, self.first, self.shown = 0.0, 0, 0
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -42,7 +42,7 @@ class ProgressReport(L.Callback):
         held_out = "" if value is None else f"held out {self.monitor.removeprefix('val/')} {value:.4f}"
         if self.bar:
             self.bar.update(self.task, completed=step, rate=rate, held_out=held_out)
-        elif trainer.is_global_zero and self.after.looks > self.shown:
+        elif trainer.is_global_zero and not self.quiet and self.after.looks > self.shown:
             self.shown = self.after.looks
             left = (trainer.max_steps - step) * self.batch_items / max(rate, 1e-9)
             line = f"step {step}/{trainer.max_steps}  {rate:.0f} items/s  {left / 60:.1f} min left  {held_out}"

@@ -63,6 +63,8 @@ def train(
     """
     say = _Teller(quiet or launch.rank() > 0)
     if resume is not None:
+        if parent is not None or dry_run:
+            raise ValueError("--resume goes on with a run as it is; leave --from and --dry-run out.")
         return _resume(resume, overrides, recipe, say)
     model, tokenizer, length = None, None, 0
     source = run_folder.find(parent) if parent is not None else None
@@ -70,8 +72,10 @@ def train(
         config = configuration.load(recipe or source.path / "config.yaml", overrides)
         given = {word.split("=")[0] for word in overrides}
         if "--optim.rate" not in given:
-            floor = config.optim.floor if "--optim.floor" in given else config.optim.floor / 10
-            config = replace(config, optim=replace(config.optim, rate=config.optim.rate / 10, floor=floor))
+            slower = [f"--optim.rate={config.optim.rate / 10}"]
+            if "--optim.floor" not in given:
+                slower.append(f"--optim.floor={config.optim.floor / 10}")
+            config = configuration.load(recipe or source.path / "config.yaml", [*overrides, *slower])
             say(f"fine-tuning at a tenth of the rate: {config.optim.rate:g}; --optim.rate sets another")
         model = of_run(source)
         tokenizer, length = model.tokenizer, model.text_length
@@ -167,8 +171,7 @@ def _fit(
             say(f"Go on with: intaglio train --resume {folder.path}", always=True)
             return folder
         if config.train.patience and after.best_step != after.done:
-            after.take_best(system)
-            folder.notice(f"the model has the weights of step {after.best_step}, the best {config.train.monitor}")
+            folder.notice(after.take_best(system))
         if after.ema:
             after.ema.apply_for_good(system)
         if after.stopped_by:
@@ -178,16 +181,23 @@ def _fit(
             finish(folder, system.model, prepared, after.done, say)
         folder.update(status="finished", stopped_by=None, best_step=after.best_step)
     except BaseException as error:
-        interrupted = isinstance(error, KeyboardInterrupt) or (isinstance(error, SystemExit) and error.code == 143)
-        if folder is not None and (interrupted or not isinstance(error, SystemExit)):
-            with suppress(OSError):  # on a full disk the first error is the one to tell
-                folder.update(
-                    status="interrupted" if interrupted else "failed", error=f"{type(error).__name__}: {error}"
-                )
-        if folder is not None and interrupted:
-            say(f"Interrupted; the training is saved. Go on with: intaglio train --resume {folder.path}", always=True)
+        if folder is not None:
+            _record_end(folder, error, say)
         raise
     return folder
+
+
+def _record_end(folder: RunFolder, error: BaseException, say: "_Teller") -> None:
+    """Leaves in ``run.json`` why a run ended unfinished; after a signal, says how to go on."""
+    signalled = {"KeyboardInterrupt": "SIGINT", "SystemExit": "SIGTERM"}.get(type(error).__name__)
+    with suppress(OSError):  # on a full disk the first error is the one to tell
+        if signalled is None:
+            folder.update(status="failed", error=f"{type(error).__name__}: {error}")
+            return
+        folder.update(status="interrupted", stopped_by=signalled)
+    saved = sorted(folder.checkpoints.glob("step-*.ckpt"))
+    how = f"Go on with: intaglio train --resume {folder.path}" if saved else "Nothing was saved yet."
+    say(f"Stopped by signal {signalled}. {how}", always=True)
 
 
 @contextmanager
@@ -267,7 +277,10 @@ def _run_trainer(
     with warnings.catch_warnings():  # of Lightning's calls into a newer torch, which nobody here can change
         for about in ("`isinstance.treespec, LeafSpec.`", "`broadcast_buffers`"):
             warnings.filterwarnings("ignore", f"{about} is deprecated", FutureWarning)
-        trainer.fit(system, train_dataloaders=batches, ckpt_path=source)
+        try:
+            trainer.fit(system, train_dataloaders=batches, ckpt_path=source)
+        except SystemExit as stop:  # what Lightning makes of Ctrl-C
+            raise stop.__context__ or stop from None
     after.done = trainer.global_step
     if history:
         history.close()
@@ -317,10 +330,13 @@ def _refuse_other_shape(model: MultimodalModel, config: MultimodalConfig, source
 
 def _refuse_leak(source: RunFolder, config: Config, prepared: Prepared) -> None:
     """On the same data a fine-tuned model must have the same held-out items, or it has been trained on some of them."""
-    if source.config().data.source == config.data.source and prepared.fingerprint != source.record["fingerprint"]:
+    theirs, ours = source.config().data.source, config.data.source
+    same = theirs == ours or ("engravings" not in (theirs, ours) and Path(theirs).resolve() == Path(ours).resolve())
+    if same and prepared.fingerprint != source.record["fingerprint"]:
         raise ValueError(
-            f"{source.path} was trained on {config.data.source} with another split, so items held out now may have "
-            "been trained on then. Keep its --seed and --data settings, or fine-tune on other data with --data.source."
+            f"{source.path} was trained on {ours} with another split or other files, so items held out now may have "
+            f"been trained on then. Keep its --seed ({source.record['seed']}), its --data settings and its files, or "
+            "fine-tune on other data with --data.source."
         )
 
 
