@@ -120,6 +120,12 @@ def test_long_captions_are_cut_and_counted():
     assert f"{cut_captions} of {all_captions} captions cut to 6 tokens" in notices(prepared)
 
 
+def test_captions_of_one_token_give_a_configuration_that_loads(tmp_path):
+    data = DataConfig(source=str(captioned(tmp_path / "images", ["a", "b"] * 6)), cache=str(tmp_path))
+    assert prepare(data, 0, 200).text_length == 3
+    assert load("multimodal-folder", [f"--data.source={data.source}", "--data.text_length=3"]).data.text_length == 3
+
+
 # what is refused
 
 
@@ -334,6 +340,8 @@ def test_early_stop_ends_with_the_best_look_s_weights_and_is_not_forgotten(tmp_p
     (run.path / "findings.json").unlink()  # as if killed while finishing
     assert resume(run.path).record["step"] == reached
     assert (run.path / "findings.json").is_file()
+    (run.checkpoints / checkpoint.name(best)).unlink()
+    assert f"(step {best}) none are kept" in resume(run.path).record["notices"][-2]
 
 
 def test_logged_losses_are_means_over_the_passes_of_a_step():
