@@ -20,7 +20,8 @@ from intaglio.cli import main
 from intaglio.config import DataConfig, MultimodalModelConfig
 from intaglio.data.corpus import Corpus
 from intaglio.data.prepare import Prepared, prepare
-from intaglio.health.finding import Finding
+from intaglio.health.diagnosis import Diagnosis
+from intaglio.health.finding import Finding, remedies
 from intaglio.history import HistoryWriter, Reading
 from intaglio.history.run_folder import RunFolder, create
 from intaglio.models.multimodal import MultimodalModel
@@ -138,7 +139,7 @@ def filled(run: RunFolder, prepared: Prepared) -> RunFolder:
     }
     numbers = {"step": 2000, "seconds": 60.0, "readings": {k: asdict(r) for k, r in readings.items()}}
     (run.path / "evaluation.json").write_text(json.dumps(numbers))
-    finding = asdict(Finding("overfitting", "fail", HOSTILE, {"train": 0.1, HOSTILE: 2.0}, (HOSTILE,)))
+    finding = asdict(Finding("overfitting", "fail", HOSTILE, {"train": 0.1, HOSTILE: 2.0}, remedies(HOSTILE)))
     verdict = {"verdict": "failing", "findings": [finding], "not_measured": [{"reason": HOSTILE}]}
     (run.path / "findings.json").write_text(json.dumps(verdict))
     twin = run.path.parent / "twin"
@@ -269,11 +270,17 @@ def test_the_summary_shows_each_number_with_its_null_then_the_findings():
         "train/caption/nats_per_token": Reading(0.3, 1.6, 100),
         "val/caption/nats_per_token": Reading(0.4, 1.6, 100),
     }
-    lines = summary_lines(readings, [Finding("overfitting", "warning", "It memorises.", {}, ("give more images",))])
+    finding = Finding("overfitting", "warning", "It memorises.", {}, remedies("give more images", wait=500), ("luck",))
+    lines = summary_lines(readings, Diagnosis("warnings", (finding,), ("spike",), ()))
     known = "✓ Caption: surprise per token (nats) 0.300 0.400 1.60 bigram model"
     assert " ".join(lines[1].split()) == known
     assert lines[2].startswith("✗")  # its interval holds the null
     assert "40.0 to 60.0 %" in lines[2]
     assert "odd/new" in lines[3]
     assert "unknown" in lines[3]
-    assert lines[-2:] == ["warning: It memorises. [overfitting]", "  try: give more images"]
+    assert lines[-4:] == [
+        "WARNINGS: 1 rules passed, 0 quantities were not measured.",
+        "warning: It memorises. [overfitting]",
+        "  or: luck",
+        "  try 1: give more images (give it 500 steps)",
+    ]

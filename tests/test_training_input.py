@@ -94,7 +94,7 @@ def test_the_tokenizer_learns_from_training_captions_alone(tmp_path):
     assert not any("z" in token for token in vocabulary)
     unknown = prepared.record["unknown tokens"]
     assert unknown == int((prepared.data.ids == UNK).sum()) > 0
-    assert f"{unknown} tokens of held-out captions are unknown to the tokenizer" in notices(prepared)
+    assert f"{unknown} tokens of captions are unknown to the tokenizer" in notices(prepared)
 
 
 def test_what_the_tokenizer_learnt_it_gives_back():
@@ -185,7 +185,7 @@ def test_an_unfinished_run_has_no_model(interrupted, refused):
 def test_resuming_changes_only_the_length(interrupted, refused):
     path = str(interrupted.path)
     said = refused("train", "--resume", path, "--optim.rate", "0.5", "--train.steps", "30")
-    assert "was trained with another configuration (optim.rate: 0.002 -> 0.5)" in said
+    assert "was trained with another configuration (optim.rate: 0.003 -> 0.5)" in said
     assert f"use --from {path}" in said
     said = refused("train", "multimodal-medium", "--resume", path)
     assert "leave the recipe multimodal-medium out" in said
@@ -337,6 +337,7 @@ def test_early_stop_ends_with_the_best_look_s_weights_and_is_not_forgotten(tmp_p
     saved = torch.load(run.checkpoints / f"step-{best:08d}.ckpt", weights_only=True)["state_dict"]
     model = MultimodalModel.from_pretrained(run.model).state_dict()
     assert all(torch.equal(saved[f"model.{name}"], model[name]) for name in model if not name.startswith("prior."))
+    assert json.loads((run.path / "evaluation.json").read_text())["step"] == best
     (run.path / "findings.json").unlink()  # as if killed while finishing
     assert resume(run.path).record["step"] == reached
     assert (run.path / "findings.json").is_file()

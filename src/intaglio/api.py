@@ -218,7 +218,7 @@ def evaluate(run: str | Path) -> tuple[dict[str, Reading], list[str]]:
     model = load_model(folder.path)
     lines: list[str] = []
     evaluation = measure(model, prepared_of(folder, model), folder)
-    conclude(folder, evaluation, folder.record["step"], lines.append)
+    conclude(folder, evaluation, folder.record["model_step"], lines.append)
     return evaluation.readings, lines
 
 

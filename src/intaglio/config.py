@@ -49,7 +49,8 @@ class OptimConfig:
     """The optimizer and its schedule, both counted in optimizer steps.
 
     Args:
-        kind: ``adamw`` decays weights apart from the gradient, ``adam`` adds the decay to it.
+        kind: ``muon`` makes the updates of hidden matrices orthogonal and uses AdamW for the rest; ``adamw`` decays
+            weights apart from the gradient, ``adam`` adds the decay to it.
         rate: highest learning rate.
         floor: learning rate at the last step.
         warmup: optimizer steps of linear warm-up.
@@ -59,8 +60,8 @@ class OptimConfig:
         clip: largest gradient norm; 0 clips nothing.
     """
 
-    kind: Literal["adamw", "adam"] = "adamw"
-    rate: float = 2e-3
+    kind: Literal["muon", "adamw", "adam"] = "muon"
+    rate: float = 3e-3
     floor: float = 1e-6
     warmup: int = 100
     schedule: Literal["cosine", "constant"] = "cosine"
@@ -156,7 +157,7 @@ class MultimodalLossConfig:
 
     reconstruction: float = 10.0
     caption: float = 1.0
-    contrastive: float = 0.5
+    contrastive: float = 1.0
     kl: float = 2e-5
     pairing: Literal["sigmoid", "infonce", "self"] = "sigmoid"
     temperature: float = 0.1

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
-from intaglio.data.corpus import Corpus
+from intaglio.data.corpus import Corpus, Progress
 
 
 def cache_folder(configured: str = "") -> Path:
@@ -14,7 +14,7 @@ def cache_folder(configured: str = "") -> Path:
     return Path(configured or os.environ.get("INTAGLIO_CACHE") or Path.home() / ".cache" / "intaglio")
 
 
-def image_table(corpus: Corpus, size: int, folder: Path) -> np.ndarray:
+def image_table(corpus: Corpus, size: int, folder: Path, progress: Progress | None = None) -> np.ndarray:
     """All images of a corpus, uint8 (N, size, size, 3), memory-mapped and read-only.
 
     The file appears under its name only when it is whole, so a cache cut short by a crash is made anew.
@@ -32,6 +32,8 @@ def image_table(corpus: Corpus, size: int, folder: Path) -> np.ndarray:
                 np.lib.format.write_array_header_1_0(file, header)
                 for i in range(len(corpus)):
                     file.write(corpus.image(i, size).tobytes())
+                    if progress is not None:
+                        progress(i + 1, len(corpus))
             os.replace(unfinished, path)
         except OSError as error:
             raise OSError(

@@ -2,11 +2,14 @@
 
 from abc import ABC, abstractmethod
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import numpy as np
+
+Progress = Callable[[int, int], None]
+"""Called with how many images are decoded, and of how many."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,6 +63,10 @@ class Corpus(ABC):
     @abstractmethod
     def fingerprint(self) -> str:
         """Hex digest of everything that decides the content: a cache or a checkpoint of other data is refused by it."""
+
+    def describe(self) -> str:
+        """What was read as what, and which columns were not used, in one line."""
+        return f"{self.name}: {len(self):,} images"
 
     def id(self, i: int) -> str:
         """A name of item i that a person can find it by."""

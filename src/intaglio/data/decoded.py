@@ -5,7 +5,6 @@ import io
 import json
 import os
 from collections import Counter
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import BinaryIO
@@ -13,12 +12,11 @@ from typing import BinaryIO
 import numpy as np
 
 from intaglio.data import duplicates, pixels
-from intaglio.data.corpus import Intake
+from intaglio.data.corpus import Intake, Progress
 
 # Near-duplicates are looked for at one size, so that runs at 64 and at 256 px split the same folder alike.
 COMPARED_AT = 64
 
-Progress = Callable[[int, int], None]
 Stats = dict[str, tuple[int, int]]  # file, relative to the folder → (bytes, mtime in ns)
 
 

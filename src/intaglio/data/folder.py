@@ -18,8 +18,8 @@ from pathlib import Path, PurePosixPath, PureWindowsPath
 import numpy as np
 
 from intaglio.data import duplicates, pixels
-from intaglio.data.corpus import Corpus, Intake
-from intaglio.data.decoded import COMPARED_AT, Progress, Stats, Store
+from intaglio.data.corpus import Corpus, Intake, Progress
+from intaglio.data.decoded import COMPARED_AT, Stats, Store
 from intaglio.data.metadata import Row, Side, clean, find_table, read_table, side
 
 ACCEPTED = """accepted are
@@ -142,12 +142,11 @@ class ImageFolder(Corpus):
         return hashlib.blake2b(json.dumps([facts, self._content]).encode(), digest_size=16).hexdigest()
 
     def describe(self) -> str:
-        """What was read as what, and what was not used, for printing."""
         lines = [f"{self.name}: {len(self)} images, {sum(len(x.captions) for x in self._items)} captions", self._form]
         if self._labels:
             shown = [*self._labels[:12], *("…" for _ in self._labels[12:13])]
             lines.append(f"{len(self._labels)} labels: {', '.join(shown)}")
-        return "\n  ".join(lines + _told(self.intake))
+        return "; ".join(lines)
 
     def _grouped(self, clusters: Sequence[int]) -> list[int]:
         """For each item the first one of its group; near-duplicates are counted."""

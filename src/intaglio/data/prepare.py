@@ -12,7 +12,7 @@ from intaglio.config import DataConfig
 from intaglio.data import order
 from intaglio.data.batches import CaptionedImages
 from intaglio.data.cache import cache_folder, image_table
-from intaglio.data.corpus import Corpus
+from intaglio.data.corpus import Corpus, Progress
 from intaglio.data.engravings import Engravings
 from intaglio.data.folder import ImageFolder
 from intaglio.data.splits import split
@@ -51,8 +51,8 @@ class Prepared:
         return [self.corpus.label(int(i)) for i in items]
 
 
-def open_corpus(config: DataConfig, seed: int) -> Corpus:
-    """The corpus that the configuration names.
+def open_corpus(config: DataConfig, seed: int, progress: Progress | None = None) -> Corpus:
+    """The corpus that the configuration names; ``progress`` is called with (done, all) while images are decoded.
 
     Raises:
         ValueError: the source is neither ``engravings`` nor a usable folder.
@@ -67,14 +67,20 @@ def open_corpus(config: DataConfig, seed: int) -> Corpus:
         caption_template=config.caption_template,
         bad_limit=config.bad_limit,
         cache=cache_folder(config.cache),
+        progress=progress,
     )
 
 
 def prepare(
-    config: DataConfig, seed: int, vocabulary: int, tokenizer: CaptionTokenizer | None = None, text_length: int = 0
+    config: DataConfig,
+    seed: int,
+    vocabulary: int,
+    tokenizer: CaptionTokenizer | None = None,
+    text_length: int = 0,
+    progress: Progress | None = None,
 ) -> Prepared:
     """Reads, splits and encodes. A run that goes on gives its own ``tokenizer`` and ``text_length``."""
-    corpus = open_corpus(config, seed)
+    corpus = open_corpus(config, seed, progress)
     sides, leaks = split(corpus, {"train": 1 - config.held_out, "val": config.held_out}, seed)
     captions = [corpus.captions(i) for i in range(len(corpus))]
     if tokenizer is None:
@@ -84,7 +90,7 @@ def prepare(
     text_length = text_length or longest.ids.shape[1]
     encoded = longest if text_length >= longest.ids.shape[1] else tokenizer.encode(flat, text_length)
     first = np.concatenate([[0], np.cumsum([len(several) for several in captions])])
-    data = CaptionedImages(_pixels(corpus, config), encoded.ids, first)
+    data = CaptionedImages(_pixels(corpus, config, progress), encoded.ids, first)
     record = {
         "source": config.source,
         "items": {side: len(items) for side, items in sides.items()},
@@ -98,10 +104,10 @@ def prepare(
     return Prepared(corpus, data, sides, tokenizer, text_length, _fingerprint(corpus, sides, tokenizer), record)
 
 
-def _pixels(corpus: Corpus, config: DataConfig) -> np.ndarray:
+def _pixels(corpus: Corpus, config: DataConfig, progress: Progress | None) -> np.ndarray:
     if isinstance(corpus, ImageFolder):
         return corpus.pixels()
-    return image_table(corpus, config.image_size, cache_folder(config.cache))
+    return image_table(corpus, config.image_size, cache_folder(config.cache), progress)
 
 
 def notices(prepared: Prepared) -> Sequence[str]:
@@ -112,7 +118,7 @@ def notices(prepared: Prepared) -> Sequence[str]:
     if record["captions cut"]:
         said.append(f"{record['captions cut']} of {record['captions']} captions cut to {prepared.text_length} tokens")
     if record["unknown tokens"]:
-        said.append(f"{record['unknown tokens']} tokens of held-out captions are unknown to the tokenizer")
+        said.append(f"{record['unknown tokens']} tokens of captions are unknown to the tokenizer")
     return said
 
 

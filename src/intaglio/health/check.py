@@ -21,13 +21,14 @@ from intaglio.data.batches import Batch
 from intaglio.data.prepare import BUILT_IN_ITEMS, open_corpus
 from intaglio.data.splits import split
 from intaglio.data.tokenizer import CaptionTokenizer
-from intaglio.health.finding import Finding
+from intaglio.health.finding import Finding, Remedy, remedies
 from intaglio.health.rules import static
 from intaglio.health.rules.static import DataFacts, Facts
 from intaglio.models.cost import StepCost, machine_speed, parameter_counts, step_cost, tensor_bytes
 from intaglio.models.multimodal import MultimodalModel
 from intaglio.nn.transformer import Attention
 from intaglio.systems.multimodal import MultimodalSystem
+from intaglio.systems.optimizers import parameter_groups
 
 SAMPLE = 2_000
 """Built-in scenes whose captions are read; all of a folder are."""
@@ -142,7 +143,7 @@ def report_lines(report: CheckReport) -> list[str]:
     else:
         whole = f", {_duration(t.total_seconds)} in all" if t.total_seconds is not None else ""
         lines.append(f"time about {_duration(t.seconds_per_step)} a step{whole} ({t.how})")
-    told: set[str] = set()
+    told: set[Remedy] = set()
     for finding in report.findings:
         lines.append(f"{finding.severity:<8}{finding.message} [{finding.rule}]")
         lines += [f"        → {remedy}" for remedy in finding.remedies if remedy not in told]
@@ -227,7 +228,13 @@ def _memory(config: MultimodalConfig, system: MultimodalSystem, activations: int
     weights = tensor_bytes(system)
     gradients = sum(p.nbytes for p in system.parameters() if p.requires_grad)
     average = sum(p.nbytes for p in system.parameters() if p.requires_grad) if config.train.ema else 0
-    parts = (weights, gradients, 2 * gradients, average, activations)
+    one_moment = sum(
+        p.nbytes
+        for group in parameter_groups(system, config.optim.decay)
+        for p in group["params"]
+        if config.optim.kind == "muon" and group["orthogonal"]
+    )
+    parts = (weights, gradients, 2 * gradients - one_moment, average, activations)
     return Memory(*parts, sum(parts))
 
 
@@ -260,7 +267,9 @@ def _read_data(config: MultimodalConfig) -> tuple[DataFacts | None, list[Finding
         corpus = open_corpus(data, config.seed)
         sides, _ = split(corpus, {"train": 1 - data.held_out, "val": data.held_out}, config.seed)
     except ValueError as error:
-        return None, [Finding("data-unusable", "fail", str(error), {}, ("name the folder: --data.source FOLDER",))]
+        return None, [
+            Finding("data-unusable", "fail", str(error), {}, remedies("name the folder: --data.source FOLDER"))
+        ]
     captions = [corpus.captions(i) for i in range(len(corpus))]
     tokenizer = CaptionTokenizer.train((c for i in sides["train"] for c in captions[i]), config.model.vocabulary)
     flat = [c for several in captions for c in several]

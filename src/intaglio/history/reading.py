@@ -25,6 +25,16 @@ class Reading:
     high: float | None = None
 
 
+@dataclass(frozen=True, slots=True)
+class NotMeasured:
+    """An answer too: why there is no reading, and what it would take."""
+
+    reason: str
+
+
+Measured = Reading | NotMeasured
+
+
 def share(hits: int, n: int, null: float | None = None) -> Reading:
     """A proportion with Wilson's 95 % interval (Wilson 1927)."""
     p, z2 = hits / n, 1.959964**2

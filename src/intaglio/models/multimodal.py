@@ -200,7 +200,10 @@ class MultimodalModel(nn.Module, PyTorchModelHubMixin, library_name="intaglio", 
     def _from_pretrained(cls, *, model_id: str, **kwargs: Any) -> "MultimodalModel":
         model = super()._from_pretrained(model_id=model_id, **{**kwargs, "strict": True})
         local = Path(model_id) / "tokenizer.json"
-        model.tokenizer = CaptionTokenizer.load(local if local.is_file() else hf_hub_download(model_id, local.name))
+        if not local.is_file():
+            wanted = ("revision", "cache_dir", "force_download", "token", "local_files_only")
+            local = Path(hf_hub_download(model_id, local.name, **{k: kwargs[k] for k in wanted if k in kwargs}))
+        model.tokenizer = CaptionTokenizer.load(local)
         return model.eval()
 
 

@@ -1,12 +1,13 @@
 """What a loss is made of."""
 
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
-from torch import Tensor
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 class Term(NamedTuple):
     """One part of a loss: the base class of the systems alone multiplies and sums, so what is logged is applied."""
 
-    value: Tensor
+    value: "Tensor"
     weight: float

@@ -188,7 +188,10 @@ def _verdict(whose: str, part: _Part) -> str:
     if given != word:
         said += _missing(f"findings.json gives the verdict {given!r}, which this version does not know")
     heading = f"<h3>{escape(whose)}</h3>" if whose else ""
-    gaps = [": ".join(filter(None, (gap.get("rule"), gap["reason"]))) for gap in findings.get("not_measured", [])]
+    gaps = [
+        ": ".join(filter(None, (gap.get("rule") or gap.get("quantity"), gap["reason"])))
+        for gap in findings.get("not_measured", [])
+    ]
     unmeasured = "".join(f"<li>{escape(gap)}</li>" for gap in gaps)
     rest = f'<div class="unmeasured"><h3>Not measured</h3><ul>{unmeasured}</ul></div>' if unmeasured else ""
     found = "".join(map(_finding, findings.get("findings", [])))
@@ -204,15 +207,22 @@ def _finding(finding: Mapping[str, Any]) -> str:
     evidence = ", ".join(
         f"{k} {written(v) if isinstance(v, float) else v}" for k, v in (finding.get("evidence") or {}).items()
     )
-    remedies = "".join(f"<li>{escape(str(remedy))}</li>" for remedy in finding.get("remedies", []))
+    remedies = "".join(f"<li>{escape(_remedy(remedy))}</li>" for remedy in finding.get("remedies", []))
+    candidates = "".join(f"<li>{escape(str(c))}</li>" for c in finding.get("candidates", []))
     return (
         f'<div class="finding"><p><b class="{escape(severity)}">{escape(severity.capitalize())}</b> '
         f"{escape(str(finding['message']))}</p>"
         f"<p><small>rule <code>{escape(str(finding['rule']))}</code>"
         f"{'; evidence: ' + escape(evidence) if evidence else ''}</small></p>"
+        + (f"<p><b>What could be behind it</b></p><ul>{candidates}</ul>" if candidates else "")
         + (f"<p><b>What to try, in this order</b></p><ol>{remedies}</ol>" if remedies else "")
         + "</div>"
     )
+
+
+def _remedy(remedy: Mapping[str, Any]) -> str:
+    wait = f" (give it {remedy['wait']:,} steps)" if remedy.get("wait") else ""
+    return f"{remedy['do']}{wait}"
 
 
 # the numbers
@@ -262,7 +272,8 @@ def _proofs(folder: RunFolder) -> str:
     steps = sorted(p for p in (folder.path / "proofs").glob("step-*") if any(p.glob("*.png")))
     if not steps:
         return _missing("no pictures have been made yet; training makes them at each look at the held-out items")
-    last = steps[-1]
+    final = folder.proofs(folder.record.get("model_step", -1))
+    last = final if final in steps else steps[-1]
     part = _json(last / "proofs.json")
     told = part.content or {"pictures": {p.name: {} for p in sorted(last.glob("*.png"))}, "skipped": {}}
     figures = [_proof(last / Path(name).name, words) for name, words in told["pictures"].items()]

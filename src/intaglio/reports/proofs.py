@@ -67,9 +67,10 @@ def reconstructions(model: MultimodalModel, prepared: Prepared) -> Sheet:
         "that are decoded from the latent alone. Look for the same things in the same places, rightly named."
     )
     if any(labels):
-        right, common = sum(a == b for a, b in zip(labels, named, strict=True)), Counter(labels).most_common(1)[0]
+        known = [(label, name) for label, name in zip(labels, named, strict=True) if label is not None]
+        right, common = sum(a == b for a, b in known), Counter(a for a, _ in known).most_common(1)[0]
         look_for += (
-            f" {right} of {len(items)} captions name the right object; “{common[0]}” each time gets {common[1]}."
+            f" {right} of {len(known)} captions name the right object; “{common[0]}” each time gets {common[1]}."
         )
     sheet = Sheet("Unseen images, and what the model keeps of them", look_for)
     side, room, top = 1.5, 1.925, sheet.y

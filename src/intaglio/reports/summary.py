@@ -1,9 +1,10 @@
-"""The end of a run in the terminal: each number beside its null, then the findings."""
+"""The end of a run in the terminal: each number beside its null, then the verdict with its findings."""
 
 import textwrap
 from collections.abc import Iterable, Mapping, Sequence
 from itertools import chain
 
+from intaglio.health.diagnosis import Diagnosis
 from intaglio.health.finding import Finding
 from intaglio.history import Reading
 from intaglio.reports.words import beats_null, interval, paired, quantity, written
@@ -12,14 +13,14 @@ MARKS = {True: "✓", False: "✗", None: " "}
 HEAD = ("", "quantity", "training", "held out", "95 % interval", "null", "the null is")
 
 
-def summary_lines(readings: Mapping[str, Reading], findings: Sequence[Finding]) -> list[str]:
+def summary_lines(readings: Mapping[str, Reading], diagnosis: Diagnosis) -> list[str]:
     """Lines for a terminal. ✓ stands before what beats its null with its whole interval, ✗ before what does not."""
     rows = [_row(name, *sides) for name, sides in paired(dict(readings)).items()]
     if not rows:
-        return ["nothing was measured", *_findings(findings)]
+        return ["nothing was measured", *verdict_lines(diagnosis)]
     widths = [max(map(len, column)) for column in zip(HEAD, *rows, strict=True)]
     table = [_line(row, widths) for row in (HEAD, *rows)]
-    return [*table, "", *_findings(findings)]
+    return [*table, "", *verdict_lines(diagnosis)]
 
 
 def _row(name: str, train: Reading | None, val: Reading | None) -> tuple[str, ...]:
@@ -37,12 +38,16 @@ def _line(row: Iterable[str], widths: Sequence[int]) -> str:
     return "  ".join(aligned).rstrip()
 
 
-def _findings(findings: Sequence[Finding]) -> list[str]:
-    if not findings:
-        return ["No rule found a fault."]
-    return list(chain.from_iterable(map(_finding, findings)))
+def verdict_lines(diagnosis: Diagnosis) -> list[str]:
+    """The verdict, each finding with what to try in order, and how many rules passed or could not look."""
+    counted = f"{len(diagnosis.passed)} rules passed, {len(diagnosis.not_measured)} quantities were not measured"
+    return [f"{diagnosis.verdict.upper()}: {counted}.", *chain.from_iterable(map(_finding, diagnosis.findings))]
 
 
 def _finding(finding: Finding) -> list[str]:
     said = textwrap.wrap(f"{finding.severity}: {finding.message} [{finding.rule}]", 100, subsequent_indent="  ")
-    return [*said, *(f"  try: {remedy}" for remedy in finding.remedies)]
+    said += [f"  or: {candidate}" for candidate in finding.candidates]
+    for number, remedy in enumerate(finding.remedies, 1):
+        wait = f" (give it {remedy.wait:,} steps)" if remedy.wait else ""
+        said.append(f"  try {number}: {remedy}{wait}")
+    return said

@@ -99,7 +99,8 @@ class System(L.LightningModule):
         self._pass = batch_idx % self.config.train.accumulate
 
     def configure_optimizers(self) -> Any:
-        return configure(parameter_groups(self, self.config.optim.decay), self.config.optim, self.steps)
+        groups = parameter_groups(self, self.config.optim.decay)
+        return configure(groups, self.config.optim, self.steps, self.bf16)
 
     def on_train_start(self) -> None:
         """A resumed optimizer brings the rate of the run's old length; the present length decides."""

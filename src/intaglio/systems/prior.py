@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from intaglio.config import PriorConfig
+from intaglio.config import OptimConfig, PriorConfig
 from intaglio.data import order
 from intaglio.data.prepare import Prepared
 from intaglio.data.tokenizer import PAD
@@ -18,7 +18,7 @@ from intaglio.history import Reading
 from intaglio.models.multimodal import MultimodalModel
 from intaglio.models.networks import StandardNetwork
 from intaglio.objectives.flow import flow_loss, gaussian_flow_null, logit_normal
-from intaglio.objectives.schedules import warmup_cosine
+from intaglio.systems.optimizers import configure, parameter_groups
 
 NO_TEXT = 0.2
 """Share of items that the prior sees without their caption, so that it can be sampled without one."""
@@ -52,13 +52,13 @@ def fit(
         return
     x = prior.standardise(latents).clone()
     prior.requires_grad_(True)
-    optimizer = torch.optim.AdamW(prior.parameters(), lr=config.rate, betas=(0.9, 0.99), weight_decay=0.0)
+    optim = OptimConfig(rate=config.rate, floor=0.01 * config.rate, warmup=max(1, config.steps // 20))
+    parts = configure(parameter_groups(prior, decay=0.0), optim, config.steps, bf16)
+    optimizer, schedule = parts["optimizer"], parts["lr_scheduler"]["scheduler"]
     generator = torch.Generator().manual_seed(seed)
     average = copy.deepcopy(dict(prior.named_parameters()))
     batch = min(config.batch_size, len(train))
     for step in range(config.steps):
-        for group in optimizer.param_groups:
-            group["lr"] = config.rate * warmup_cosine(step, config.steps, max(1, config.steps // 20), 0.01)
         chosen = order.indices(len(train), seed, step * batch, batch)
         draw = order.draws(np.arange(step * batch, (step + 1) * batch), seed)
         with torch.autocast(model.device.type, torch.bfloat16, enabled=bf16):
@@ -67,6 +67,7 @@ def fit(
         loss.backward()
         torch.nn.utils.clip_grad_norm_(prior.parameters(), 1.0)
         optimizer.step()
+        schedule.step()
         decay = min(AVERAGE, (1 + step) / (10 + step))
         with torch.no_grad():
             torch._foreach_lerp_(list(average.values()), list(prior.parameters()), 1 - decay)

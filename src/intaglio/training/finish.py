@@ -3,7 +3,7 @@
 import json
 import shutil
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -13,8 +13,7 @@ import numpy as np
 from intaglio.config import MultimodalConfig
 from intaglio.data.cache import cache_folder
 from intaglio.data.prepare import Prepared
-from intaglio.health.finding import Finding
-from intaglio.health.rules import generalisation
+from intaglio.health.diagnosis import diagnose, record_of, write_findings
 from intaglio.history import HistoryWriter, read_history, to_parquet
 from intaglio.history.run_folder import RunFolder, write_atomically
 from intaglio.models.classifier import Judge, judge
@@ -29,7 +28,10 @@ from intaglio.systems.multimodal_evaluation import Evaluation, evaluate
 def finish(
     folder: RunFolder, model: MultimodalModel, prepared: Prepared, step: int, say: Callable[[str], None]
 ) -> None:
-    """Fits the prior, saves the model, measures, judges, proves and writes the page."""
+    """Fits the prior, saves the model, measures, judges, proves and writes the page.
+
+    ``step`` is the one that the model's weights are of: what is measured belongs to it.
+    """
     model.eval()
     say("fitting the prior to the latents of the training items")
     begun = time.monotonic()
@@ -38,14 +40,14 @@ def finish(
     prior.fit(model, prepared, config.prior, config.seed, config.train.precision == "bf16", say)
     folder.update(train_seconds=round(folder.record["train_seconds"] + time.monotonic() - begun, 1))
     save_model(folder, model)
+    folder.update(model_step=step)
     say("measuring on held-out items")
     evaluation = measure(model, prepared, folder)
     written = read_history(folder.metrics)
-    named = set(written.filter(written["step"] == step)["name"])
+    written = written.filter(written["step"] == step)
+    new = {name: r for name, r in evaluation.readings.items() if name not in set(written["name"])}
     with HistoryWriter(folder.metrics) as history:
-        history.write(
-            step, float(written["epoch"][-1]), {n: r for n, r in evaluation.readings.items() if n not in named}
-        )
+        history.write(step, float(written["epoch"][-1]), new)
     make_proofs(model, prepared, folder.proofs(step))
     to_parquet(folder.metrics)
     conclude(folder, evaluation, step, say)
@@ -59,24 +61,15 @@ def measure(model: MultimodalModel, prepared: Prepared, folder: RunFolder) -> Ev
 def conclude(folder: RunFolder, evaluation: Evaluation, step: int, say: Callable[[str], None]) -> None:
     """Writes ``evaluation.json``, ``findings.json`` and the page, and prints the summary."""
     readings = evaluation.readings
-    findings = generalisation.judge(readings)
+    diagnosis = diagnose(record_of(folder, readings, step), not_measured=evaluation.not_measured)
     seconds = folder.record.get("train_seconds")
     numbers = {name: asdict(r) for name, r in readings.items()}
     write_json(folder, "evaluation.json", {"step": step, "seconds": seconds, "readings": numbers})
-    write_json(folder, "findings.json", verdict(findings, evaluation.not_measured))
+    write_findings(folder, diagnosis)
     page = write_page(folder)
-    for line in summary_lines(readings, findings):
+    for line in summary_lines(readings, diagnosis):
         say(line)
     say(f"page: {page}")
-
-
-def verdict(findings: list[Finding], not_measured: Mapping[str, str]) -> dict[str, Any]:
-    """The verdict as it stands in ``findings.json``: never healthy while rules are missing."""
-    severities = {f.severity for f in findings}
-    word = "failing" if "fail" in severities else "warnings" if "warning" in severities else "cannot tell"
-    missing = [{"reason": f"{name}: {reason}"} for name, reason in not_measured.items()]
-    missing.append({"reason": "only generalisation is judged so far; the other rules are not built yet"})
-    return {"verdict": word, "findings": [asdict(f) for f in findings], "not_measured": missing}
 
 
 def independent_judge(prepared: Prepared, cache: Path) -> Judge | str:

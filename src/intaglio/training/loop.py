@@ -155,16 +155,20 @@ class AfterStep(L.Callback):
     def _out_of_patience(self) -> bool:
         return 0 < self.config.train.patience <= self.looks_since_best
 
-    def take_best(self, system: System) -> str:
-        """The weights, averaged and live, of the look with the best monitored value; says what it took."""
+    def take_best(self, system: System) -> tuple[int, str]:
+        """Gives the system the weights, averaged and live, of the look with the best monitored value.
+
+        Returns the step that its weights are of now, and a sentence that says so.
+        """
         monitor, file = self.config.train.monitor, self.folder / checkpoint.name(self.best_step)
         if not file.is_file():  # no look gave a number, or an earlier checkpoint than this one was resumed from
-            return f"the model has the last weights: of the best {monitor} (step {self.best_step}) none are kept"
+            why = f"the model has the last weights: of the best {monitor} (step {self.best_step}) none are kept"
+            return self.done, why
         content = checkpoint.read(file)
         system.load_state_dict(content["state_dict"])
         if self.ema:
             self.ema.load_state_dict(content["callbacks"][self.ema.state_key])
-        return f"the model has the weights of step {self.best_step}, the best {monitor}"
+        return self.best_step, f"the model has the weights of step {self.best_step}, the best {monitor}"
 
     def _refuse_unmeasured_monitor(self, system: System) -> None:
         """Finds out before the first step, from one batch, whether ``train.monitor`` is measured at all."""

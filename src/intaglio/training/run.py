@@ -86,7 +86,7 @@ def train(
         config = configuration.load(recipe, overrides)
     config, reasons = _resolve_machine(config)
     say(f"device {config.train.device} ({reasons['device']}), {config.train.precision} ({reasons['precision']})")
-    prepared = prepare(config.data, config.seed, _multimodal(config).model.vocabulary, tokenizer, length)
+    prepared = _prepared(config, tokenizer, length, say)
     config = _resolve_length(config, prepared)
     _tell_data(say, prepared)
     if source is not None:
@@ -120,7 +120,7 @@ def _resume(path: str | Path, overrides: Sequence[str], recipe: str | Path | Non
     checkpoint.refuse_other_recipe(old, config, folder.path)
     config, _ = _resolve_machine(config)
     tokenizer = CaptionTokenizer.from_json(saved["tokenizer"])
-    prepared = prepare(config.data, config.seed, _multimodal(config).model.vocabulary, tokenizer, saved["text_length"])
+    prepared = _prepared(config, tokenizer, saved["text_length"], say)
     if prepared.fingerprint != saved["fingerprint"]:
         raise ValueError(
             f"The data of {folder.path} has changed since the checkpoint ({config.data.source}: other images, captions "
@@ -170,15 +170,17 @@ def _fit(
             say(f"Stopped by {after.stopped_by} after step {after.done}; everything is saved.", always=True)
             say(f"Go on with: intaglio train --resume {folder.path}", always=True)
             return folder
-        if config.train.patience and after.best_step != after.done:
-            folder.notice(after.take_best(system))
+        step = after.done
+        if config.train.patience and after.best_step != step:
+            step, notice = after.take_best(system)
+            folder.notice(notice)
         if after.ema:
             after.ema.apply_for_good(system)
         if after.stopped_by:
             folder.notice(after.stopped_by)
         system.to("cuda" if config.train.device == "cuda" else "cpu")  # Lightning has moved it to the CPU
         with _ended_by_sigterm():
-            finish(folder, system.model, prepared, after.done, say)
+            finish(folder, system.model, prepared, step, say)
         folder.update(status="finished", stopped_by=None, best_step=after.best_step)
     except BaseException as error:
         if folder is not None:
@@ -340,9 +342,24 @@ def _refuse_leak(source: RunFolder, config: Config, prepared: Prepared) -> None:
         )
 
 
+def _prepared(config: Config, tokenizer: CaptionTokenizer | None, text_length: int, say: "_Teller") -> Prepared:
+    """The data, with a line every few seconds while images are decoded for the first time."""
+    told = time.monotonic()
+
+    def progress(done: int, of: int) -> None:
+        nonlocal told
+        if time.monotonic() - told > 5:
+            told = time.monotonic()
+            say(f"decoding images, once for all runs: {done:,} of {of:,}")
+
+    vocabulary = _multimodal(config).model.vocabulary
+    return prepare(config.data, config.seed, vocabulary, tokenizer, text_length, progress)
+
+
 def _tell_data(say: "_Teller", prepared: Prepared) -> None:
     sides = ", ".join(f"{len(items):,} {side}" for side, items in prepared.splits.items())
-    say(f"data {prepared.record['source']}: {sides} items, {len(prepared.tokenizer):,} tokens")
+    say(f"data {prepared.corpus.describe()}")
+    say(f"{sides} items, {len(prepared.tokenizer):,} tokens")
     for notice in notices(prepared):
         say(f"note: {notice}")
 

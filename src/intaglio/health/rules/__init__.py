@@ -1,1 +1,13 @@
-"""Rules: small pure functions from readings or configurations to findings, with their limits beside them."""
+"""Rules: small pure functions from a record to findings, with their limits beside them."""
+
+from collections.abc import Sequence
+
+from intaglio.health.rule import Rule
+
+
+def all_rules() -> Sequence[Rule]:
+    """Every rule, in the order of the documentation; no torch."""
+    from intaglio.health.rules import audits, bottleneck, codebook, contrastive, generalisation, latent, text, training
+
+    pages = (training, generalisation, audits, latent, bottleneck, codebook, contrastive, text)
+    return [r for page in pages for r in page.RULES]

@@ -1,13 +1,13 @@
 """What is wrong before a step is spent: faults that the configuration, the network's structure and the data show."""
 
 import math
-from collections.abc import Mapping, Set
+from collections.abc import Iterable, Mapping, Set
 from dataclasses import asdict, dataclass
 
 from torch import nn
 
 from intaglio.config import MultimodalConfig
-from intaglio.health.finding import Finding, Severity
+from intaglio.health.finding import SEVERITIES, Finding, Severity, remedies
 from intaglio.nn.transformer import Attention
 
 LARGEST_LAYER = 0.5
@@ -76,7 +76,7 @@ def rate_never_reached(facts: Facts) -> list[Finding]:
         return []
     message = f"The warm-up of {warmup:,} steps does not end within the {steps:,} of the run."
     options = (f"--optim.warmup {steps // 10}", f"--train.steps {10 * warmup}")
-    return [Finding("learning-rate-off", "warning", message, {"warmup": warmup, "steps": steps}, options)]
+    return [_found("learning-rate-off", "warning", message, {"warmup": warmup, "steps": steps}, options)]
 
 
 def monitor(facts: Facts) -> list[Finding]:
@@ -86,7 +86,7 @@ def monitor(facts: Facts) -> list[Finding]:
         return []
     message = f"train.monitor {name} is not measured, so the run would end at its first look."
     choices = sorted(q for q in facts.measured if "/loss/" in q)
-    return [Finding("validation-missing", "fail", message, {}, tuple(f"--train.monitor {c}" for c in choices))]
+    return [_found("validation-missing", "fail", message, {}, tuple(f"--train.monitor {c}" for c in choices))]
 
 
 def few_looks(facts: Facts) -> list[Finding]:
@@ -96,7 +96,7 @@ def few_looks(facts: Facts) -> list[Finding]:
         return []
     message = f"Held-out items are looked at every {every:,} steps, too seldom for a curve in a run of {steps:,}."
     options = (f"--train.validate_every {math.ceil(steps / 10)}",)
-    return [Finding("validation-missing", "warning", message, {"validate_every": every, "steps": steps}, options)]
+    return [_found("validation-missing", "warning", message, {"validate_every": every, "steps": steps}, options)]
 
 
 def stops_in_warmup(facts: Facts) -> list[Finding]:
@@ -110,7 +110,7 @@ def stops_in_warmup(facts: Facts) -> list[Finding]:
         return []
     message = f"Patience can end the run at step {earliest:,}, before the warm-up ends at step {warmup:,}."
     options = (f"--train.patience {math.ceil(warmup / every) + 2}", f"--optim.warmup {earliest // 4}")
-    return [Finding("stopped-in-ramp", "warning", message, {"earliest": earliest, "warmup": warmup}, options)]
+    return [_found("stopped-in-ramp", "warning", message, {"earliest": earliest, "warmup": warmup}, options)]
 
 
 def average_never_reached(facts: Facts) -> list[Finding]:
@@ -124,7 +124,7 @@ def average_never_reached(facts: Facts) -> list[Finding]:
         f"{applied:.3f} at the end, {1 / (1 - applied):,.0f} steps, instead of {decay:g}."
     )
     evidence = {"configured": decay, "applied": applied, "steps": steps}
-    return [Finding("ema-lag", "note", message, evidence, (f"--train.ema {max(0, 1 - 10 / steps):.3g}",))]
+    return [_found("ema-lag", "note", message, evidence, (f"--train.ema {max(0, 1 - 10 / steps):.3g}",))]
 
 
 def batch_exceeds_data(facts: Facts) -> list[Finding]:
@@ -135,7 +135,7 @@ def batch_exceeds_data(facts: Facts) -> list[Finding]:
     items = facts.data.train
     message = f"A batch has {size} items, but only {items} are left for training."
     option = f"--train.batch_size {2 ** int(math.log2(items))}"
-    return [Finding("batch-exceeds-data", "fail", message, {"batch_size": size, "items": items}, (option,))]
+    return [_found("batch-exceeds-data", "fail", message, {"batch_size": size, "items": items}, (option,))]
 
 
 def captions_cut(facts: Facts) -> list[Finding]:
@@ -146,7 +146,7 @@ def captions_cut(facts: Facts) -> list[Finding]:
     share = data.cut / data.captions
     message = f"{share:.1%} of the captions are longer than {length} tokens and lose their ends."
     severity: Severity = "warning" if share >= CUT_CAPTIONS else "note"
-    return [Finding("data-replaced", severity, message, {"share": share}, (f"--data.text_length {2 * length}",))]
+    return [_found("data-replaced", severity, message, {"share": share}, (f"--data.text_length {2 * length}",))]
 
 
 def vocabulary_size(facts: Facts) -> list[Finding]:
@@ -159,7 +159,7 @@ def vocabulary_size(facts: Facts) -> list[Finding]:
         f"The captions support {real:,} tokens, not {cap:,}: training takes {real:,}, and the network is smaller than "
         "counted here."
     )
-    return [Finding("vocabulary-unreachable", "note", message, {"configured": cap, "real": real})]
+    return [_found("vocabulary-unreachable", "note", message, {"configured": cap, "real": real})]
 
 
 def pixel_reach(facts: Facts) -> list[Finding]:
@@ -168,7 +168,7 @@ def pixel_reach(facts: Facts) -> list[Finding]:
         return []
     low, high = facts.data.low, facts.data.high
     message = f"The pixels lie between {low} and {high} of 0 to 255: the images are nearly flat, or scaled wrongly."
-    return [Finding("range-mismatch", "warning", message, {"low": low, "high": high}, ("look at the images",))]
+    return [_found("range-mismatch", "warning", message, {"low": low, "high": high}, ("look at the images",))]
 
 
 def dead_parameters(facts: Facts) -> list[Finding]:
@@ -179,7 +179,7 @@ def dead_parameters(facts: Facts) -> list[Finding]:
     message = f"{count:,} parameters get no gradient, because no weighted loss term needs them: {names}."
     zero = [name for name, weight in _weights(facts.config).items() if name in facts.terms and not weight]
     return [
-        Finding("dead-parameters", "warning", message, {"parameters": count}, tuple(f"--loss.{n} 0.1" for n in zero))
+        _found("dead-parameters", "warning", message, {"parameters": count}, tuple(f"--loss.{n} 0.1" for n in zero))
     ]
 
 
@@ -187,7 +187,7 @@ def weight_not_applied(facts: Facts) -> list[Finding]:
     """``weight-not-applied``: a weight for a loss term that this network does not have."""
     absent = [name for name, weight in _weights(facts.config).items() if weight and name not in facts.terms]
     return [
-        Finding(
+        _found(
             "weight-not-applied",
             "warning",
             f"loss.{name} multiplies nothing: this network has the terms {', '.join(sorted(facts.terms))}.",
@@ -206,7 +206,7 @@ def memory_short(facts: Facts) -> list[Finding]:
     half = max(1, facts.config.train.batch_size // 2)
     message = f"A step needs about {need / 1e9:.1f} GB, this machine has {have / 1e9:.1f} GB."
     options = (f"--train.batch_size {half} --train.accumulate {2 * facts.config.train.accumulate}",)
-    return [Finding("memory-short", "warning", message, {"needed": need, "available": have}, options)]
+    return [_found("memory-short", "warning", message, {"needed": need, "available": have}, options)]
 
 
 # The network
@@ -225,15 +225,15 @@ def count_off(facts: Facts) -> list[Finding]:
             f"documented with 0.5 million, alone has {linear:,}."
         )
         evidence = {"parameters": facts.parameters, "documented": DOCUMENTED_PARAMETERS, "linear": linear}
-        remedies = ("as many as documented: intaglio train multimodal-large", _standard(facts.config))
-        found.append(Finding("count-off", "fail", message, evidence, remedies))
+        options = ("as many as documented: intaglio train multimodal-large", _standard(facts.config))
+        found.append(_found("count-off", "fail", message, evidence, options))
     if abs(facts.total_bytes / DOCUMENTED_BYTES - 1) > 0.1:
         message = (
             f"The document claims 16 GB of memory: weights, gradients and optimizer take {facts.state_bytes / 1e9:.2f} "
             f"GB, with the activations {facts.total_bytes / 1e9:.2f} GB."
         )
         evidence = {"state": facts.state_bytes, "total": facts.total_bytes, "documented": DOCUMENTED_BYTES}
-        found.append(Finding("count-off", "warning", message, evidence))
+        found.append(_found("count-off", "warning", message, evidence))
     return found
 
 
@@ -245,14 +245,14 @@ def one_layer_dominates(facts: Facts) -> list[Finding]:
         return []
     message = f"The linear layer {name} holds {share:.0%} of all parameters ({count:,}); halve the image further first."
     evidence = {"share": share, "parameters": count}
-    return [Finding("one-layer-dominates", "warning", message, evidence, (_standard(facts.config),))]
+    return [_found("one-layer-dominates", "warning", message, evidence, (_standard(facts.config),))]
 
 
 def pooled_away(facts: Facts) -> list[Finding]:
     """``position-pooled-away``: a global average is the last thing that sees the image."""
     pooled = [n for n, m in facts.network.named_modules() if isinstance(m, nn.AdaptiveAvgPool2d)]
     message = "The image encoder averages over all places: the latent knows what is in the image, hardly where."
-    return [Finding("position-pooled-away", "warning", message, {}, (_standard(facts.config),)) for _ in pooled]
+    return [_found("position-pooled-away", "warning", message, {}, (_standard(facts.config),)) for _ in pooled]
 
 
 def attention_over_one(facts: Facts) -> list[Finding]:
@@ -270,7 +270,7 @@ def attention_over_one(facts: Facts) -> list[Finding]:
     standard = facts.config.model.network == "standard"
     remedy = f"--model.channels [{fewer}]" if standard else _standard(facts.config)
     evidence = {"layers": len(widths), "inert_parameters": inert}
-    return [Finding("attention-over-one", "warning", message, evidence, (remedy,))]
+    return [_found("attention-over-one", "warning", message, evidence, (remedy,))]
 
 
 def no_positions(facts: Facts) -> list[Finding]:
@@ -279,7 +279,7 @@ def no_positions(facts: Facts) -> list[Finding]:
     if len(tables) > 1:
         return []
     message = "The text decoder has no positions: it learns the order of words only from what the causal mask hides."
-    return [Finding("decoder-without-positions", "warning", message, {}, (_standard(facts.config),))]
+    return [_found("decoder-without-positions", "warning", message, {}, (_standard(facts.config),))]
 
 
 def trivial_pair(facts: Facts) -> list[Finding]:
@@ -290,7 +290,7 @@ def trivial_pair(facts: Facts) -> list[Finding]:
         "The contrastive term pairs each latent with itself, which any encoder solves; no text enters it, so it "
         "teaches nothing about captions. Without a text encoder, generate --text and search --text cannot work either."
     )
-    return [Finding("trivial-pair", "fail", message, {}, (_standard(facts.config), "--loss.contrastive 0"))]
+    return [_found("trivial-pair", "fail", message, {}, (_standard(facts.config), "--loss.contrastive 0"))]
 
 
 def few_pairs(facts: Facts) -> list[Finding]:
@@ -301,7 +301,7 @@ def few_pairs(facts: Facts) -> list[Finding]:
     message = f"A contrastive loss over {n} items is ln {n} = {math.log(n):.2f} by chance: read it beside that."
     options = ("--train.batch_size 64", *["--loss.pairing sigmoid"] * (loss.pairing == "infonce"))
     severity: Severity = "note" if loss.pairing == "self" else "warning"
-    return [Finding("near-chance", severity, message, {"batch_size": n, "chance": math.log(n)}, options)]
+    return [_found("near-chance", severity, message, {"batch_size": n, "chance": math.log(n)}, options)]
 
 
 def negatives_per_pass(facts: Facts) -> list[Finding]:
@@ -314,17 +314,17 @@ def negatives_per_pass(facts: Facts) -> list[Finding]:
         f"{train.batch_size * train.accumulate} of a step: accumulated passes are no negatives of each other."
     )
     options = (f"--train.batch_size {train.batch_size * train.accumulate} --train.accumulate 1",)
-    return [Finding("negatives-per-pass", "warning", message, {"negatives": train.batch_size - 1}, options)]
+    return [_found("negatives-per-pass", "warning", message, {"negatives": train.batch_size - 1}, options)]
 
 
 def no_prior_term(facts: Facts) -> list[Finding]:
-    """``prior-mismatch``: nothing in the loss shapes what ``generate`` samples from."""
+    """``latents-unshaped``: nothing in the loss shapes what ``generate`` samples from."""
     if "kl" in facts.terms and facts.config.loss.kl:
         return []
     message = "No loss term shapes the latents: the prior that generate samples from is only fitted afterwards."
     standard = facts.config.model.network == "standard"
     remedy = "--loss.kl 0.001" if standard else f"{_standard(facts.config)} --loss.kl 0.001"
-    return [Finding("prior-mismatch", "note", message, {}, (remedy,))]
+    return [_found("latents-unshaped", "note", message, {}, (remedy,))]
 
 
 RULES = (
@@ -355,7 +355,13 @@ RULES = (
 def judge(facts: Facts) -> list[Finding]:
     """All findings of this page, the gravest first."""
     found = [finding for rule in RULES for finding in rule(facts)]
-    return sorted(found, key=lambda finding: ("fail", "warning", "note").index(finding.severity))
+    return sorted(found, key=lambda finding: SEVERITIES.index(finding.severity))
+
+
+def _found(
+    rule: str, severity: Severity, message: str, evidence: Mapping[str, float], do: Iterable[str] = ()
+) -> Finding:
+    return Finding(rule, severity, message, evidence, remedies(*do))
 
 
 def _weights(config: MultimodalConfig) -> dict[str, float]:

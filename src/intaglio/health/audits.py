@@ -1,0 +1,115 @@
+"""Audits at load and in the first steps: facts that no curve shows, as plain dicts for the rules and ``audits.json``.
+
+Nothing here changes a weight, a buffer, a gradient, a mode or the global generator.
+"""
+
+import hashlib
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+
+def parameters(model: nn.Module) -> dict[str, Any]:
+    """How many parameters are trained, and tensors that are one but of which only some are trained."""
+    owners: dict[int, list[tuple[str, bool]]] = defaultdict(list)
+    for name, p in model.named_parameters(remove_duplicate=False):
+        owners[p.data_ptr() if p.numel() else id(p)].append((name, p.requires_grad))
+    frozen = [[name for name, _ in shared] for shared in owners.values() if len({trained for _, trained in shared}) > 1]
+    tied = [[n for n, _ in shared] for shared in owners.values() if len(shared) > 1 and not any(t for _, t in shared)]
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    return {"parameters": trained, "tied_and_frozen": frozen + tied}
+
+
+def without_gradient(model: nn.Module) -> dict[str, int]:
+    """Parameters, by module, whose gradient is absent or all zero after a backward pass: {module: count}."""
+    silent: dict[str, int] = defaultdict(int)
+    for name, p in model.named_parameters():
+        if p.requires_grad and (p.grad is None or not bool(p.grad.any())):
+            silent[name.rpartition(".")[0] or name] += p.numel()
+    return dict(silent)
+
+
+class Silence:
+    """Watches gradients over the first steps: what stays without one in all of them is dead."""
+
+    def __init__(self) -> None:
+        self.silent: set[str] | None = None
+        self.sizes: dict[str, int] = {}
+
+    def look(self, model: nn.Module) -> None:
+        """One backward pass; tensors that had a gradient once are not looked at again."""
+        trained = {n: p for n, p in model.named_parameters() if p.requires_grad}
+        if self.silent is None:
+            self.silent, self.sizes = set(trained), {n: p.numel() for n, p in trained.items()}
+        self.silent = {n for n in self.silent if (g := trained[n].grad) is None or not bool(g.any())}
+
+    def by_module(self) -> dict[str, int]:
+        """{module: parameters that never had a gradient}."""
+        found: dict[str, int] = defaultdict(int)
+        for name in sorted(self.silent or ()):
+            found[name.rpartition(".")[0] or name] += self.sizes[name]
+        return dict(found)
+
+
+def not_in_optimizer(model: nn.Module, optimizer: torch.optim.Optimizer) -> list[str]:
+    """Names of trainable tensors that no group of the optimizer holds."""
+    held = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    return [n for n, p in model.named_parameters() if p.requires_grad and id(p) not in held]
+
+
+def fingerprints(model: nn.Module) -> dict[str, str]:
+    """A digest of every parameter and buffer, by name."""
+    return {n: _digest(t) for n, t in model.state_dict(keep_vars=True).items() if isinstance(t, Tensor)}
+
+
+def unmoved(model: nn.Module, before: Mapping[str, str], optimizer: torch.optim.Optimizer) -> list[str]:
+    """Trainable tensors in the optimizer, at a rate that is not 0, that are what they were ``before``."""
+    moving = {id(p) for group in optimizer.param_groups if group["lr"] for p in group["params"]}
+    return [
+        n for n, p in model.named_parameters() if p.requires_grad and id(p) in moving and before.get(n) == _digest(p)
+    ]
+
+
+@contextmanager
+def around_validation(model: nn.Module, facts: dict[str, Any]) -> Iterator[None]:
+    """Writes into ``facts`` which tensors a look at held-out items changed, and which modules it left in training."""
+    before = fingerprints(model)
+    yield
+    after = fingerprints(model)
+    facts["changed_by_validation"] = [n for n in after if before.get(n) != after[n]]
+
+
+def ranges(targets: Tensor, low: float, high: float) -> dict[str, float]:
+    """The range of the targets beside what the output's activation reaches."""
+    least, most = torch.aminmax(targets.detach().float())
+    return {"target_low": float(least), "target_high": float(most), "low": low, "high": high}
+
+
+def augmentation(change: Callable[[Tensor], Tensor], items_B: Tensor, draws: int = 4) -> dict[str, float]:
+    """The share of items that ``change`` alters, and the share for which two draws differ."""
+    with torch.random.fork_rng(devices=[]), torch.no_grad():
+        torch.manual_seed(0)
+        made = [torch.stack([change(x) for x in items_B]) for _ in range(draws)]
+    changed = np.mean([(m != items_B).flatten(1).any(1).double().mean().item() for m in made])
+    differ = (torch.stack([(m != made[0]).flatten(1).any(1) for m in made[1:]])).any(0).double().mean()
+    return {"changed": float(changed), "variety": float(differ)}
+
+
+def leaks(train: Sequence[bytes] | np.ndarray, held_out: Sequence[bytes] | np.ndarray) -> int:
+    """How many held-out items are exactly one of the training items."""
+    seen = {hashlib.blake2b(bytes(np.ascontiguousarray(x)) if isinstance(x, np.ndarray) else x).digest() for x in train}
+    return sum(
+        hashlib.blake2b(bytes(np.ascontiguousarray(x)) if isinstance(x, np.ndarray) else x).digest() in seen
+        for x in held_out
+    )
+
+
+def _digest(tensor: Tensor) -> str:
+    """Of the bytes: NaN equals itself, and 0 is not −0."""
+    raw = tensor.detach().cpu().contiguous().flatten().view(torch.uint8) if tensor.numel() else tensor.cpu()
+    return hashlib.blake2b(raw.numpy().tobytes(), digest_size=16).hexdigest()

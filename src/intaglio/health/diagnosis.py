@@ -1,0 +1,140 @@
+"""The verdict on a run from what its folder holds. No torch."""
+
+import difflib
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+from intaglio.config import to_dict
+from intaglio.health.finding import Finding
+from intaglio.health.record import Record, of_readings, of_table
+from intaglio.health.rule import Limits, Rule, apply
+from intaglio.health.rules import all_rules
+from intaglio.history import Reading, read_history
+from intaglio.history.run_folder import RunFolder, write_atomically
+
+ESSENTIAL = ("non-finite", "no-learning", "overfitting", "validation-missing")
+"""Rules that must have looked before a run is called healthy."""
+
+
+LOST = ("unreadable", "no caption")
+"""Reasons of the intake that mean that an item is not learnt from."""
+
+
+@dataclass(frozen=True)
+class Diagnosis:
+    """A verdict with its reasons: findings, the gravest first; rules that passed; rules that could not look and why."""
+
+    verdict: str
+    findings: tuple[Finding, ...]
+    passed: tuple[str, ...]
+    not_measured: tuple[Mapping[str, str], ...]
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain dicts and lists: ``verdict``, ``findings[]``, ``passed[]``, ``not_measured[]`` (rule, reason)."""
+        return asdict(self)
+
+
+def diagnose(
+    record: Record,
+    profile: Mapping[str, Limits] | None = None,
+    rules: Sequence[Rule] | None = None,
+    not_measured: Mapping[str, str] | None = None,
+) -> Diagnosis:
+    """Judges a record by all rules, or those given. ``not_measured`` are quantities that are known to be missing."""
+    rules = all_rules() if rules is None else rules
+    judged = apply(rules, record, profile)
+    severities = {f.severity for f in judged.findings}
+    blind = {r.id for r in rules if r.id in ESSENTIAL} - set(judged.passed)
+    if "fail" in severities:
+        verdict = "failing"
+    elif blind or not judged.passed:
+        verdict = "cannot tell"
+    else:
+        verdict = "warnings" if "warning" in severities else "healthy"
+    reasons = [{"rule": name, "reason": why} for name, why in judged.not_measured.items()]
+    reasons += [{"quantity": name, "reason": why} for name, why in (not_measured or {}).items()]
+    return Diagnosis(verdict, judged.findings, judged.passed, tuple(reasons))
+
+
+def record_of(folder: RunFolder, readings: Mapping[str, Reading] | None = None, step: int = 0) -> Record:
+    """What a run folder knows: its history, its configuration, and the facts that audits left.
+
+    ``readings`` taken at ``step`` stand in for series of the same name.
+
+    Raises:
+        ValueError: the folder has no history yet.
+    """
+    history = folder.metrics if folder.metrics.is_file() else folder.metrics.with_suffix(".parquet")
+    if not history.is_file():
+        raise ValueError(f"{folder.path} has no metrics yet, so there is nothing to judge: train first.")
+    config = to_dict(folder.config())
+    facts = {"facts": facts_of(folder), "config": config, "steps": config["train"]["steps"]}
+    series = of_table(read_history(history)).series
+    return Record({**series, **of_readings(readings or {}, step).series}, **facts)
+
+
+def facts_of(folder: RunFolder) -> dict[str, Any]:
+    """The facts in ``audits.json``, and what ``run.json`` says of the data."""
+    file = folder.path / "audits.json"
+    facts: dict[str, Any] = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    data = folder.record.get("data")
+    if data:
+        lost = {k: n for k, n in data["intake"]["counts"].items() if k in LOST}
+        facts["intake"] = {"items": sum(data["items"].values()), "lost": lost}
+    return facts
+
+
+def write_findings(folder: RunFolder, diagnosis: Diagnosis) -> None:
+    """``findings.json``, atomically."""
+    content = json.dumps(diagnosis.as_dict(), indent=2, ensure_ascii=False, allow_nan=False)
+    write_atomically(folder.path / "findings.json", content + "\n")
+
+
+def chosen(ids: Iterable[str]) -> list[Rule]:
+    """The rules of those ids.
+
+    Raises:
+        ValueError: an id that no rule has, with the nearest.
+    """
+    known = {r.id: r for r in all_rules()}
+    for name in ids:
+        if name not in known:
+            near = difflib.get_close_matches(name, known, 1)
+            raise ValueError(
+                f"There is no rule {name!r}"
+                + (f"; did you mean {near[0]!r}?" if near else ".")
+                + f" Rules: {', '.join(sorted(known))}."
+            )
+    return [known[name] for name in ids]
+
+
+def load_profile(name: str | Path) -> dict[str, Limits]:
+    """Limits by rule and name: ``default`` has the rules' own, ``documents`` those of the original documents, or a
+    YAML file of your own.
+
+    Raises:
+        ValueError: an unknown profile, rule or limit, with the nearest right one.
+    """
+    import yaml
+
+    if str(name) == "default":
+        return {}
+    packaged = files("intaglio.health") / "profiles" / f"{name}.yaml"
+    source = packaged if packaged.is_file() else Path(name)
+    if not source.is_file():
+        raise ValueError(f"There is no profile {str(name)!r}: give default, documents, or the path of a YAML file.")
+    tree = yaml.safe_load(source.read_text(encoding="utf-8")) or {}
+    if not isinstance(tree, dict) or not all(isinstance(v, dict) for v in tree.values()):
+        raise ValueError(f"Profile {name}: write rules with their limits below them, as near-chance: {{share: 0.2}}.")
+    for r in chosen(tree):
+        for limit, value in tree[r.id].items():
+            if limit not in r.limits:
+                near = difflib.get_close_matches(str(limit), r.limits, 1) or sorted(r.limits)
+                raise ValueError(f"Profile {name}: {r.id} has no limit {limit!r}; it has {', '.join(near) or 'none'}.")
+            if not isinstance(value, int | float):
+                raise ValueError(f"Profile {name}: {r.id}.{limit} is {value!r}; it must be a number.")
+    return tree

@@ -1,0 +1,93 @@
+"""What a run has measured, as the rules see it: series of readings by name, and facts that are no numbers. No torch."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from intaglio.history import Reading
+
+if TYPE_CHECKING:
+    import polars as pl
+
+
+@dataclass(frozen=True)
+class Series:
+    """One quantity over optimizer steps, in order: arrays (n,); ``nulls`` and ``counts`` are NaN where unknown."""
+
+    steps: np.ndarray
+    values: np.ndarray
+    nulls: np.ndarray
+    counts: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.steps)
+
+    def after(self, step: int) -> "Series":
+        """The part from ``step`` on."""
+        part = self.steps >= step
+        return Series(self.steps[part], self.values[part], self.nulls[part], self.counts[part])
+
+    @property
+    def value(self) -> float:
+        """The latest value."""
+        return float(self.values[-1])
+
+    @property
+    def null(self) -> float | None:
+        """The latest null, or None where none is known."""
+        return None if np.isnan(self.nulls[-1]) else float(self.nulls[-1])
+
+    @property
+    def n(self) -> int | None:
+        """How many samples the latest value rests on, or None where that is unknown."""
+        return None if np.isnan(self.counts[-1]) else int(self.counts[-1])
+
+
+@dataclass(frozen=True)
+class Record:
+    """Everything that rules may look at.
+
+    ``facts`` are what audits found that no number says (names of tensors, of modules), and ``config`` the run's
+    settings as plain dicts; both are empty for a history alone. ``steps`` is how long the run is meant to be.
+    """
+
+    series: Mapping[str, Series]
+    facts: Mapping[str, Any] = field(default_factory=dict)
+    config: Mapping[str, Any] = field(default_factory=dict)
+    steps: int | None = None
+
+    def get(self, name: str) -> Series | None:
+        """The series of that very name, if it has a value."""
+        return self.series.get(name)
+
+    def matching(self, *patterns: str) -> dict[str, Series]:
+        """All series whose names fit one of the patterns, as ``val/*/effective_rank``."""
+        return {n: s for n, s in self.series.items() if any(fnmatchcase(n, p) for p in patterns)}
+
+    @property
+    def last_step(self) -> int:
+        return max((int(s.steps[-1]) for s in self.series.values()), default=0)
+
+
+def of_table(table: "pl.DataFrame", **rest: Any) -> Record:
+    """The record of a history table; ``rest`` are the other fields of ``Record``. Later rows of a step replace earlier
+    ones."""
+    series = {}
+    for (name,), rows in table.sort("step", maintain_order=True).group_by("name", maintain_order=True):
+        rows = rows.unique("step", keep="last", maintain_order=True)
+        numbers = (rows[c].cast(float).fill_null(float("nan")).to_numpy() for c in ("value", "null", "n"))
+        series[str(name)] = Series(rows["step"].to_numpy(), *numbers)
+    return Record(series, **rest)
+
+
+def of_readings(readings: Mapping[str, Reading], step: int = 0, **rest: Any) -> Record:
+    """The record of readings that were taken at one step."""
+
+    def one(number: float | None) -> np.ndarray:
+        return np.array([np.nan if number is None else float(number)])
+
+    series = {name: Series(np.array([step]), one(r.value), one(r.null), one(r.n)) for name, r in readings.items()}
+    return Record(series, **rest)

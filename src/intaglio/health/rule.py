@@ -1,0 +1,97 @@
+"""What a rule is, and how all of them are applied. No torch."""
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from intaglio.health.finding import SEVERITIES, Finding
+from intaglio.health.record import Record
+from intaglio.history import NotMeasured
+
+Limits = Mapping[str, float]
+Judge = Callable[[Record, Limits], Iterable[Finding | NotMeasured]]
+
+
+@dataclass(frozen=True)
+class Rule:
+    """One fault and how it is seen.
+
+    Args:
+        id: its name, as ``near-chance``.
+        wrong: what is wrong, a sentence.
+        seen: by which quantities and against which null, a sentence.
+        source: paper, equation, or the case that taught it.
+        case: the real defect that it must catch.
+        needs: patterns of names, one of which must be in the record.
+        facts: keys of the record's facts, one of which does as well.
+        log: what to log where they are missing.
+        concerns: systems that can have this fault; all where none is named.
+        limits: its thresholds by name; a profile may set others.
+        judge: from a record and limits to findings, or why it cannot tell; None where it is seen before training.
+    """
+
+    id: str
+    wrong: str
+    seen: str
+    source: str
+    case: str = ""
+    needs: tuple[str, ...] = ()
+    facts: tuple[str, ...] = ()
+    log: str = ""
+    concerns: tuple[str, ...] = ()
+    limits: Limits = field(default_factory=dict)
+    judge: Judge | None = None
+
+
+@dataclass(frozen=True)
+class Judged:
+    """Findings, the gravest first; ids of the rules that found nothing; ids of those that could not look, and why."""
+
+    findings: tuple[Finding, ...]
+    passed: tuple[str, ...]
+    not_measured: Mapping[str, str]
+
+    @property
+    def verdict(self) -> str:
+        """``failing``, ``warnings``, ``healthy``, or ``cannot tell`` where no rule could look."""
+        severities = {f.severity for f in self.findings}
+        if "fail" in severities:
+            return "failing"
+        if "warning" in severities:
+            return "warnings"
+        return "healthy" if self.passed else "cannot tell"
+
+
+def rule(**parts: Any) -> Callable[[Judge], Rule]:
+    """Makes a rule of the function that judges it; ``parts`` are those of ``Rule``.
+
+    The first paragraph of the function's docstring says what is wrong, the second by what it is seen.
+    """
+
+    def made(judge: Judge) -> Rule:
+        wrong, seen, *_ = [" ".join(part.split()) for part in (judge.__doc__ or "").split("\n\n")]
+        return Rule(wrong=wrong, seen=seen, judge=judge, **parts)
+
+    return made
+
+
+def apply(rules: Iterable[Rule], record: Record, profile: Mapping[str, Limits] | None = None) -> Judged:
+    """Every rule over a record, with the limits that ``profile`` sets by rule id and limit name."""
+    findings: list[Finding] = []
+    passed, missing = [], {}
+    for r in rules:
+        if r.judge is None or (r.concerns and record.config.get("system", r.concerns[0]) not in r.concerns):
+            continue
+        if not record.matching(*r.needs) and not any(key in record.facts for key in r.facts):
+            missing[r.id] = f"there is no {' or '.join((*r.needs, *r.facts))}: {r.log}"
+            continue
+        said = list(r.judge(record, {**r.limits, **(profile or {}).get(r.id, {})}))
+        found = [x for x in said if isinstance(x, Finding)]
+        findings += found
+        reasons = [x.reason for x in said if isinstance(x, NotMeasured)]
+        if reasons and not found:
+            missing[r.id] = "; ".join(dict.fromkeys(reasons))
+        elif not found:
+            passed.append(r.id)
+    findings.sort(key=lambda f: SEVERITIES.index(f.severity))
+    return Judged(tuple(findings), tuple(passed), missing)

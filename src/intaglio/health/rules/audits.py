@@ -1,0 +1,279 @@
+"""What audits at load and in the first steps found: parameters, ranges, data, modes, checkpoints. No torch.
+
+The facts that these rules read are plain dicts; ``health.audits`` and the trainer write them, and so can anybody.
+"""
+
+from collections.abc import Iterator
+
+from intaglio.health.finding import Finding, remedies
+from intaglio.health.record import Record
+from intaglio.health.rule import Limits, Rule, rule
+
+
+def _some(names: list[str], most: int = 3) -> str:
+    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
+
+
+@rule(
+    id="dead-parameters",
+    source="nothing is skipped silently",
+    case="E: 16.8M parameters never called; D: 725k",
+    facts=("dead_parameters",),
+    log="a monitor that watches the model",
+    limits={"share": 0.01},
+)
+def dead_parameters(record: Record, limits: Limits) -> Iterator[Finding]:
+    """Trainable tensors get no gradient, or only zeros.
+
+    Seen by the gradient of every tensor in the first steps; none may stay without.
+
+    ``dead_parameters``: {module: count}; ``parameters``: how many are trained in all.
+    """
+    dead, total = record.facts["dead_parameters"], max(1, record.facts.get("parameters", 1))
+    count = sum(dead.values())
+    if count:
+        names = sorted(dead, key=lambda name: -dead[name])
+        yield Finding(
+            "dead-parameters",
+            "fail" if count > limits["share"] * total else "warning",
+            f"{count:,} of {total:,} parameters have no gradient: {_some(names)}.",
+            {"parameters": count, "share": count / total},
+            remedies("call the module in the forward pass, or freeze or remove it"),
+            candidates=(
+                "it is never called: randomise it, which would cost nothing",
+                "its branch is masked or detached",
+            ),
+        )
+
+
+@rule(
+    id="not-in-optimizer",
+    source="nothing is skipped silently",
+    case="V: vision “unfrozen”",
+    facts=("not_in_optimizer", "unmoved"),
+    log="a monitor that is given the optimizer",
+)
+def not_in_optimizer(record: Record, limits: Limits) -> Iterator[Finding]:
+    """A tensor requires a gradient, but no optimizer group holds it; or it never moves.
+
+    Seen by the optimizer's groups against the model's parameters; weights after the first steps against those before.
+    """
+    for key, why in (("not_in_optimizer", "stand in no optimizer group"), ("unmoved", "have not moved")):
+        names = list(record.facts.get(key, ()))
+        if names:
+            yield Finding(
+                "not-in-optimizer",
+                "fail",
+                f"{len(names)} trainable tensors {why}: {_some(names)}.",
+                {"tensors": len(names)},
+                remedies("build the optimizer after unfreezing, or add them with add_param_group"),
+            )
+
+
+@rule(
+    id="tied-and-frozen",
+    source="storage sharing",
+    case="V",
+    facts=("tied_and_frozen",),
+    log="a monitor that watches the model",
+)
+def tied_and_frozen(record: Record, limits: Limits) -> Iterator[Finding]:
+    """A head is frozen through tied weights.
+
+    Seen by tensors that share storage, of which some require a gradient and some do not.
+    """
+    for names in record.facts["tied_and_frozen"]:
+        yield Finding(
+            "tied-and-frozen",
+            "warning",
+            f"{' and '.join(names)} are one tensor, and it is frozen.",
+            {"tensors": len(names)},
+            remedies("untie them, or train both"),
+        )
+
+
+@rule(
+    id="range-mismatch",
+    source="range of tanh and sigmoid",
+    case="E: tanh against [0, 1]",
+    facts=("ranges",),
+    log="what the decoder's activation reaches, and a batch of targets",
+    limits={"outside": 0.01, "unused": 0.4},
+)
+def range_mismatch(record: Record, limits: Limits) -> Iterator[Finding]:
+    """Targets lie outside what the output activation reaches, or use little of it.
+
+    Seen by the range of the targets against that of the outputs on a probe batch.
+
+    ``ranges``: {site: {target_low, target_high, low, high}}; low and high are what the activation reaches.
+    """
+    for site, r in record.facts["ranges"].items():
+        width = r["high"] - r["low"]
+        outside = max(r["low"] - r["target_low"], r["target_high"] - r["high"], 0.0) / width
+        unused = max(0.0, r["target_low"] - r["low"], r["high"] - r["target_high"]) / width
+        if outside > limits["outside"] or unused > limits["unused"]:
+            how = "go beyond" if outside > limits["outside"] else "use a part of"
+            yield Finding(
+                "range-mismatch",
+                "fail",
+                f"Targets of {site} lie in [{r['target_low']:.3g}, {r['target_high']:.3g}]: they {how} "
+                f"[{r['low']:g}, {r['high']:g}], which the output reaches.",
+                {"outside": outside, "unused": unused},
+                remedies("scale the targets to the activation's range", "--model.output sigmoid for targets in [0, 1]"),
+            )
+
+
+@rule(
+    id="augmentation-inert",
+    concerns=("jepa", "autoencoder", "diffusion"),
+    source="intervene, don’t only watch",
+    case="J; D: the flip of every copy",
+    facts=("augmentations",),
+    log="the augmentation and a probe batch: health.audits.augmentation measures both",
+    limits={"changed": 0.02},
+)
+def augmentation_inert(record: Record, limits: Limits) -> Iterator[Finding]:
+    """An augmentation changes nothing, or always the same.
+
+    Seen by the share of inputs that it changes, and how many different results it gives of one input.
+
+    ``augmentations``: {name: {changed, variety}}, both shares of the inputs tried.
+    """
+    for name, a in record.facts["augmentations"].items():
+        if a["changed"] < limits["changed"] or a["variety"] <= 0:
+            what = "changes nothing" if a["changed"] < limits["changed"] else "gives the same result each time"
+            yield Finding(
+                "augmentation-inert",
+                "warning",
+                f"The augmentation {name} {what} ({a['changed']:.0%} of inputs changed).",
+                {"changed": a["changed"], "variety": a["variety"]},
+                remedies("draw its randomness for each item and pass, or leave it out"),
+            )
+
+
+@rule(
+    id="validation-pollutes",
+    source="watching changes nothing",
+    case="J",
+    facts=("changed_by_validation", "training_in_validation"),
+    log="a monitor around the validation loop",
+)
+def validation_pollutes(record: Record, limits: Limits) -> Iterator[Finding]:
+    """Validation runs in training mode, or updates state.
+
+    Seen by modes and a digest of all buffers and parameters before and after a look at held-out items.
+    """
+    changed = list(record.facts.get("changed_by_validation", ()))
+    if changed:
+        yield Finding(
+            "validation-pollutes",
+            "fail",
+            f"Looking at held-out items changed {len(changed)} tensors: {_some(changed)}.",
+            {"tensors": len(changed)},
+            remedies(
+                "model.eval() and torch.no_grad() around validation", "update codebooks and statistics in training only"
+            ),
+        )
+    mode = list(record.facts.get("training_in_validation", ()))
+    if mode and not changed:
+        yield Finding(
+            "validation-pollutes",
+            "warning",
+            f"{len(mode)} modules are in training mode during validation: {_some(mode)}.",
+            {"modules": len(mode)},
+            remedies("model.eval() before validation, model.train() after"),
+        )
+
+
+@rule(
+    id="split-leak",
+    source="Barz & Denzler 2020",
+    case="V: 2,633 shared images; E: tokenizer",
+    facts=("leaks",),
+    log="the splits: health.audits.leaks compares them",
+)
+def split_leak(record: Record, limits: Limits) -> Iterator[Finding]:
+    """The same or nearly the same item stands in both splits.
+
+    Seen by exact and perceptual hashes of images, and group keys, across the splits; none may be on both sides.
+
+    ``leaks``: {what: how many held-out items it touches}.
+    """
+    for what, count in record.facts["leaks"].items():
+        if count:
+            yield Finding(
+                "split-leak",
+                "fail",
+                f"{count:,} held-out items have been seen in training: {what}.",
+                {"items": count},
+                remedies(
+                    "split by group, and let near-duplicates stay on one side", "train the tokenizer on training items"
+                ),
+            )
+
+
+@rule(
+    id="data-replaced",
+    source="nothing is skipped silently",
+    case="V: white images; J: 61 % of objects dropped",
+    facts=("intake",),
+    log="what was dropped or cut, and why",
+    limits={"warning": 0.01, "fail": 0.2},
+)
+def data_replaced(record: Record, limits: Limits) -> Iterator[Finding]:
+    """Items that could not be used were replaced, dropped or cut.
+
+    Seen by counts of what the loader met, against the number of items.
+
+    ``intake``: {"items": number, "lost": {reason: count}}.
+    """
+    intake = record.facts["intake"]
+    for reason, count in intake["lost"].items():
+        share = count / max(1, intake["items"] + count)
+        if share > limits["warning"]:
+            yield Finding(
+                "data-replaced",
+                "fail" if share > limits["fail"] else "warning",
+                f"{share:.1%} of the input is lost: {count:,} × {reason}.",
+                {"share": share, "count": count},
+                remedies("mend those files or captions, or raise the limit that cuts them"),
+            )
+
+
+@rule(
+    id="partial-load",
+    source="a checkpoint holds everything",
+    case="D; J",
+    facts=("loaded",),
+    log="the result of load_state_dict",
+)
+def partial_load(record: Record, limits: Limits) -> Iterator[Finding]:
+    """Keys were missing, unexpected or of another shape when a checkpoint was loaded.
+
+    Seen by the keys of the file against those of the model; loss and rate across the resume.
+
+    ``loaded``: {"missing": [...], "unexpected": [...], "reshaped": [...]}.
+    """
+    wrong = {kind: names for kind, names in record.facts["loaded"].items() if names}
+    if wrong:
+        told = "; ".join(f"{len(names)} {kind} ({_some(list(names))})" for kind, names in wrong.items())
+        yield Finding(
+            "partial-load",
+            "fail",
+            f"The checkpoint was loaded in part: {told}.",
+            {kind: len(names) for kind, names in wrong.items()},
+            remedies("load with strict=True, and build the model from the configuration that the checkpoint carries"),
+        )
+
+
+RULES: tuple[Rule, ...] = (
+    dead_parameters,
+    not_in_optimizer,
+    tied_and_frozen,
+    range_mismatch,
+    augmentation_inert,
+    validation_pollutes,
+    split_leak,
+    data_replaced,
+    partial_load,
+)

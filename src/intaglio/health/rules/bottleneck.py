@@ -1,0 +1,164 @@
+"""KL bottleneck: does the decoder use it, at what rate, and is the pressure on it what it seems? No torch."""
+
+from collections.abc import Iterator
+
+import numpy as np
+
+from intaglio.health.finding import Finding, remedies
+from intaglio.health.record import Record
+from intaglio.health.rule import Limits, Rule, rule
+from intaglio.health.rules.training import FEWEST
+from intaglio.history import NotMeasured
+
+
+@rule(
+    id="posterior-collapse",
+    source="Bowman et al. 2016; He et al. 2019",
+    needs=("val/*/kl_nats",),
+    log="KL(q(z|x) || N(0, I)) per item, raw, as val/SITE/kl_nats",
+    limits={"nats": 0.1, "cost": 0.01},
+)
+def posterior_collapse(record: Record, limits: Limits) -> Iterator[Finding]:
+    """The decoder works without the latent.
+
+    Seen by nats in the latent, and what the loss costs more with latents shuffled; both are 0 where it is not used.
+    """
+    for name, s in record.matching("val/*/kl_nats").items():
+        costs = record.matching("val/*/shuffled_latent_*")
+        used = [c.value for c in costs.values()]
+        unused = bool(used) and max(used) < limits["cost"]
+        if s.value < limits["nats"] or unused:
+            active = record.get(f"val/{name.split('/')[1]}/active_units")
+            yield Finding(
+                "posterior-collapse",
+                "fail",
+                f"{name.split('/')[1]} holds {s.value:.3g} nats an item"
+                + (f" in {active.value:.0f} active units" if active is not None else "")
+                + (", and exchanging it costs the decoder nothing." if unused else ": as good as none."),
+                {"nats": s.value} | ({"cost": max(used)} if used else {}),
+                remedies("lower --loss.kl tenfold", "free bits", "a longer ramp of the KL's weight", wait=1000),
+                step=int(s.steps[-1]),
+            )
+
+
+@rule(
+    id="kl-free",
+    concerns=("vqa",),
+    source="Kingma et al. 2016, section 4",
+    case="V: floor .1, raw .03 to .08",
+    needs=("*/*/groups_above_floor",),
+    log="the share of groups above the floor as val/SITE/groups_above_floor",
+    limits={"share": 0.0},
+)
+def kl_free(record: Record, limits: Limits) -> Iterator[Finding]:
+    """Every group sits below the free-bits floor: there is no pressure.
+
+    Seen by the share of groups whose raw KL exceeds the floor.
+    """
+    for name, s in record.matching("*/*/groups_above_floor").items():
+        late = s.values[len(s) // 2 :]
+        if float(late.max()) <= limits["share"]:
+            yield Finding(
+                "kl-free",
+                "warning",
+                f"No group of {name.split('/')[1]} exceeds its free bits, so the KL term has no gradient.",
+                {"groups_above_floor": s.value},
+                remedies("lower the floor below the raw KL of the groups", wait=500),
+                step=int(s.steps[-1]),
+            )
+
+
+@rule(
+    id="kl-parked",
+    concerns=("vqa",),
+    source="Kingma et al. 2016, section 4",
+    case="V: three days lost",
+    needs=("*/*/kl_charged",),
+    log="the charged KL as val/SITE/kl_charged and its floor as its null",
+    limits={"relative": 0.01},
+)
+def kl_parked(record: Record, limits: Limits) -> Iterator[Finding | NotMeasured]:
+    """Nothing: a rate that is parked at the free-bits floor is where the term holds it; don't chase it.
+
+    Seen by charged KL within a hundredth of the floor, while exchanging latents costs the decoder something.
+    """
+    for name, s in record.matching("*/*/kl_charged").items():
+        if s.null is None or s.null <= 0:
+            yield NotMeasured(f"{name} has no floor as its null")
+        elif len(s) >= FEWEST and np.all(np.abs(s.values[len(s) // 2 :] / s.null - 1) < limits["relative"]):
+            yield Finding(
+                "kl-parked",
+                "note",
+                f"The rate of {name.split('/')[1]} is parked at its floor of {s.null:.3g} nats: that is what free bits "
+                "do, and no fault. Look at what exchanged latents cost instead.",
+                {"kl_charged": s.value, "floor": s.null},
+                step=int(s.steps[-1]),
+            )
+
+
+@rule(
+    id="rate-too-high",
+    concerns=("vqa",),
+    source="Tishby et al. 1999; Alemi et al. 2017",
+    case="V: 77 nats for 6.8 bits",
+    needs=("val/*/target_entropy",),
+    log="the entropy of what is decoded as val/SITE/target_entropy, nats",
+    limits={"times": 3.0},
+)
+def rate_too_high(record: Record, limits: Limits) -> Iterator[Finding | NotMeasured]:
+    """Far more nats in the latent than what is decoded has entropy.
+
+    Seen by KL per item beside the entropy of the answers, H(answer).
+    """
+    for name, s in record.matching("val/*/target_entropy").items():
+        kl = record.get(f"val/{name.split('/')[1]}/kl_nats")
+        if kl is None:
+            yield NotMeasured(f"{name} stands without kl_nats")
+        elif kl.value > limits["times"] * s.value:
+            yield Finding(
+                "rate-too-high",
+                "warning",
+                f"{name.split('/')[1]} holds {kl.value:.1f} nats for answers of {s.value:.1f}: what is more than that "
+                "is memory of the input, not of the answer.",
+                {"nats": kl.value, "entropy": s.value},
+                remedies("raise the KL's weight tenfold", "fewer latent dimensions", wait=1000),
+                step=int(kl.steps[-1]),
+            )
+
+
+@rule(
+    id="kl-units",
+    source="Higgins et al. 2017, eq. 4",
+    case="V: a weight of 3.0 was a β of .006 to .010",
+    needs=("val/*/kl_nats",),
+    log="KL per item as val/SITE/kl_nats beside train/loss/kl",
+    limits={"factor": 1.5},
+)
+def kl_units(record: Record, limits: Limits) -> Iterator[Finding | NotMeasured]:
+    """The KL is meant per item and applied per token, dimension or batch, so its weight is not β.
+
+    Seen by the logged loss term beside the measured KL per item: their ratio is 1, or the number of units it hides.
+    """
+    term, weight = record.get("val/loss/kl") or record.get("train/loss/kl"), record.get("train/weight/kl")
+    if term is None:
+        yield NotMeasured("there is no loss term kl to hold the measured KL against")
+        return
+    measured = max((s.value for s in record.matching("val/*/kl_nats").values()), default=0.0)
+    factor = measured / max(term.value, 1e-12)
+    if measured > 1e-3 and not 1 / limits["factor"] < factor < limits["factor"]:
+        beta = "" if weight is None else f" Its weight of {weight.value:g} is a β of {weight.value / factor:.2g}."
+        yield Finding(
+            "kl-units",
+            "warning",
+            f"The term kl is {term.value:.4g}, the latent's KL {measured:.4g} nats an item: a factor of {factor:.3g} "
+            f"lies between them.{beta}",
+            {"term": term.value, "nats": measured, "factor": factor},
+            remedies("sum the KL over dimensions and average it over items, and set the weight as β"),
+            candidates=(
+                "it is averaged over dimensions or tokens: compare the factor with their number",
+                "free bits charge more than there is: compare with kl_charged",
+            ),
+        )
+
+
+RULES: tuple[Rule, ...] = (posterior_collapse, kl_free, kl_parked, rate_too_high, kl_units)

@@ -1,0 +1,182 @@
+"""Codebook: how many codes live, where they stand, and whether they are counted rightly. No torch."""
+
+from collections.abc import Iterator
+
+from intaglio.health.finding import Finding, remedies
+from intaglio.health.record import Record
+from intaglio.health.rule import Limits, Rule, rule
+from intaglio.health.rules.training import FEWEST
+from intaglio.history import NotMeasured
+
+
+@rule(
+    id="codebook-collapse",
+    concerns=("jepa",),
+    source="van den Oord et al. 2017; Dhariwal et al. 2020",
+    case="J: 10.9 %",
+    needs=("*/*/perplexity",),
+    log="the codes' perplexity as val/SITE/perplexity with that of uniform codes as its null",
+    limits={"fail": 0.1, "warning": 0.3},
+)
+def codebook_collapse(record: Record, limits: Limits) -> Iterator[Finding | NotMeasured]:
+    """Few codes are used.
+
+    Seen by perplexity of the codes over that of uniform codes at the same token count.
+    """
+    for name, s in record.matching("*/*/perplexity").items():
+        if s.null is None:
+            yield NotMeasured(f"{name} has no null: log the number of codes and of tokens that it rests on")
+        elif s.value < limits["warning"] * s.null:
+            yield Finding(
+                "codebook-collapse",
+                "fail" if s.value < limits["fail"] * s.null else "warning",
+                f"The codes of {name.split('/')[1]} are used as if there were {s.value:.0f}; uniform codes would reach "
+                f"{s.null:.0f} on as many tokens.",
+                {"perplexity": s.value, "null": s.null},
+                remedies("start the codes by k-means", "revive dead codes", "a smaller codebook", wait=1000),
+                step=int(s.steps[-1]),
+            )
+
+
+@rule(
+    id="codes-dead",
+    concerns=("jepa",),
+    source="Dhariwal et al. 2020, appendix",
+    case="J",
+    needs=("*/*/dead_share", "*/*/mass_ratio"),
+    log="the age of each code's last use, and the sum of the EMA cluster sizes over the tokens of a step",
+    limits={"share": 0.2, "mass": 0.2},
+)
+def codes_dead(record: Record, limits: Limits) -> Iterator[Finding]:
+    """Codes are unused for long and not revived, or revived and at once overwritten.
+
+    Seen by the share of codes whose last use is older than uniform codes would let it be; the EMA mass of all codes
+    against the tokens counted.
+    """
+    for name, s in record.matching("*/*/dead_share").items():
+        if s.value > limits["share"]:
+            yield Finding(
+                "codes-dead",
+                "warning",
+                f"{s.value:.0%} of the codes of {name.split('/')[1]} have not been used for long.",
+                {"dead_share": s.value},
+                remedies("revive codes that are unused for a share of 1/K", wait=500),
+                candidates=("none is revived", "revived codes are overwritten at once: see the EMA mass"),
+                step=int(s.steps[-1]),
+            )
+    for name, s in record.matching("*/*/mass_ratio").items():
+        if abs(s.value - 1) > limits["mass"]:
+            yield Finding(
+                "codes-dead",
+                "warning",
+                f"The EMA counts of {name.split('/')[1]} add up to {s.value:.2f} of the tokens of a step, 1 is due: "
+                "codes are moved by the wrong weight.",
+                {"mass_ratio": s.value},
+                remedies("give a revived code the mass of its new members, and start all with 1/K of the tokens"),
+                step=int(s.steps[-1]),
+            )
+
+
+@rule(
+    id="codes-displaced",
+    concerns=("jepa",),
+    source="Łańcucki et al. 2020",
+    case="J: norm 700; EMA mass that starts at zero",
+    needs=("*/*/norm_ratio",),
+    log="the norms of codes and of their inputs",
+    limits={"times": 3.0},
+)
+def codes_displaced(record: Record, limits: Limits) -> Iterator[Finding]:
+    """The codes lie far from the data.
+
+    Seen by mean norm of the codes over mean norm of the vectors that they quantise; 1 is due.
+    """
+    for name, s in record.matching("*/*/norm_ratio").items():
+        if not 1 / limits["times"] < s.value < limits["times"]:
+            yield Finding(
+                "codes-displaced",
+                "fail",
+                f"The codes of {name.split('/')[1]} are {s.value:.3g} times as long as what they stand for.",
+                {"norm_ratio": s.value},
+                remedies("start EMA sums and counts together, from the same tokens", "start the codes by k-means"),
+                step=int(s.steps[-1]),
+            )
+
+
+@rule(
+    id="codes-shrink",
+    concerns=("jepa",),
+    source="Takida et al. 2022",
+    case="real VQ-VAE histories",
+    needs=("train/loss/vq", "train/loss/commitment", "train/loss/quantiser"),
+    log="the quantiser's loss as train/loss/vq, beside val/loss/reconstruction",
+    limits={"fall": 0.5, "worse": 0.05},
+)
+def codes_shrink(record: Record, limits: Limits) -> Iterator[Finding | NotMeasured]:
+    """The quantiser's loss falls because the latents shrink, while reconstruction worsens.
+
+    Seen by the trend of the quantiser's loss, of the latents' norm and of the held-out reconstruction loss together.
+    """
+    rebuilt = record.get("val/loss/reconstruction") or record.get("train/loss/reconstruction")
+    if rebuilt is None or len(rebuilt) < FEWEST:
+        yield NotMeasured("there is no course of the reconstruction loss beside the quantiser's")
+        return
+    for name, s in record.matching("train/loss/vq", "train/loss/commitment", "train/loss/quantiser").items():
+        s = s.after(int(rebuilt.steps[len(rebuilt) // 3]))
+        late = rebuilt.values[len(rebuilt) // 3 :]
+        if len(s) < FEWEST:
+            continue
+        fall, worse = 1 - s.value / max(float(s.values[0]), 1e-12), late[-1] / max(float(late.min()), 1e-12) - 1
+        if fall > limits["fall"] and worse > limits["worse"]:
+            yield Finding(
+                "codes-shrink",
+                "warning",
+                f"{name} fell by {fall:.0%} while reconstruction became {worse:.0%} worse: the latents shrink towards "
+                "the codes.",
+                {"fall": float(fall), "worse": float(worse)},
+                remedies("lower the commitment weight", "normalise latents and codes", wait=1000),
+                candidates=(
+                    "the latents shrink: compare their norm over the run",
+                    "it overfits: compare on training items",
+                ),
+                step=int(s.steps[-1]),
+            )
+
+
+@rule(
+    id="codes-polluted",
+    concerns=("jepa",),
+    source="watching changes nothing",
+    case="J",
+    needs=("val/*/codebook_moved", "train/*/updates_per_step"),
+    log="both, by a monitor that knows the codebook",
+    limits={"updates": 1.01},
+)
+def codes_polluted(record: Record, limits: Limits) -> Iterator[Finding]:
+    """The codebook is updated in validation, or twice in a step.
+
+    Seen by a digest of the codebook before and after a look at held-out items; updates over optimizer steps.
+    """
+    for name, s in record.matching("val/*/codebook_moved").items():
+        if s.values.any():
+            yield Finding(
+                "codes-polluted",
+                "fail",
+                f"Looking at held-out items moved the codebook of {name.split('/')[1]}.",
+                {"moved": float(s.values.max())},
+                remedies("update the codebook only in training mode"),
+                step=int(s.steps[s.values > 0][0]),
+            )
+    for name, s in record.matching("train/*/updates_per_step").items():
+        if s.value > limits["updates"]:
+            yield Finding(
+                "codes-polluted",
+                "fail",
+                f"The codebook of {name.split('/')[1]} is updated {s.value:.1f} times in an optimizer step.",
+                {"updates_per_step": s.value},
+                remedies("update it from the online branch alone, once for each optimizer step"),
+                step=int(s.steps[-1]),
+            )
+
+
+RULES: tuple[Rule, ...] = (codebook_collapse, codes_dead, codes_displaced, codes_shrink, codes_polluted)

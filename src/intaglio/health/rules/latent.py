@@ -1,0 +1,269 @@
+"""Latent space: does it depend on the input, in how many directions, is it where the prior samples? No torch."""
+
+from collections.abc import Iterator
+
+import numpy as np
+
+from intaglio.health.finding import Finding, Remedy, remedies
+from intaglio.health.record import Record, Series
+from intaglio.health.rule import Limits, Rule, rule
+from intaglio.health.rules.training import FEWEST
+from intaglio.history import NotMeasured
+
+
+def site(name: str) -> str:
+    """The site of ``<split>/<site>/<quantity>``."""
+    return name.split("/")[1]
+
+
+@rule(
+    id="latent-ignores-input",
+    source="between-group share of variance, Fisher 1925; held against the encoder's last bias",
+    case="E: std .0255 was the default bias of Linear(512, 1024)",
+    needs=("val/*/varying_share",),
+    log="latents of a probe batch: a monitor with taps reads them",
+    limits={"share": 1e-3, "bias": 0.999},
+)
+def latent_ignores_input(record: Record, limits: Limits) -> Iterator[Finding]:
+    """The latent is (nearly) the same for every input.
+
+    Seen by the share of the latents' second moment that differs between inputs: 0 where the input is ignored.
+    """
+    for name, s in record.matching("val/*/varying_share").items():
+        if s.value >= limits["share"]:
+            continue
+        bias = record.get(f"val/{site(name)}/bias_share")
+        constant = bias is not None and bias.value > limits["bias"]
+        yield Finding(
+            "latent-ignores-input",
+            "fail",
+            f"{site(name)} is the same for every input: {s.value:.2g} of its second moment differs between "
+            f"{s.n or 'the'} inputs" + ("; it equals the bias of the encoder's last layer." if constant else "."),
+            {"varying_share": s.value} | ({"bias_share": bias.value} if bias is not None else {}),
+            remedies("raise the rate or train longer: --optim.rate, --train.steps", "lower --loss.kl", wait=500),
+            candidates=()
+            if constant
+            else (
+                "no gradient reaches the encoder: see term-inert and dead-parameters",
+                "the activations before it died: randomise the encoder and compare",
+            ),
+            step=int(s.steps[-1]),
+        )
+
+
+@rule(
+    id="rank-collapse",
+    source="Roy & Vetterli 2007; Garrido et al. 2023",
+    case="J: 7 of 256",
+    needs=("val/*/covariance_rank",),
+    log="latents of a probe batch of at least twice as many items as dimensions",
+    limits={"fail": 0.05, "warning": 0.15},
+)
+def rank_collapse(record: Record, limits: Limits) -> Iterator[Finding | NotMeasured]:
+    """Few directions carry the latents' variance.
+
+    Seen by effective rank (entropy of the covariance's eigenvalues) over that of as many Gaussian vectors.
+    """
+    for name, s in record.matching("val/*/covariance_rank").items():
+        if s.null is None:
+            yield NotMeasured(f"{name} has no null")
+            continue
+        share = s.value / s.null
+        if share < limits["warning"]:
+            yield Finding(
+                "rank-collapse",
+                "fail" if share < limits["fail"] else "warning",
+                f"{site(name)} uses {s.value:.1f} directions; {s.n or 'as many'} Gaussian vectors would use "
+                f"{s.null:.0f}.",
+                {"effective_rank": s.value, "null": s.null},
+                remedies("lower the pressure on the latent: --loss.kl", "a variance term or SIGReg", wait=1000),
+                step=int(s.steps[-1]),
+            )
+
+
+@rule(
+    id="anisotropic",
+    source="Gao et al. 2017; Rudman et al. 2022 (IsoScore)",
+    case="J: measured its own 1e-6",
+    needs=("val/*/participation_ratio",),
+    log="latents of a probe batch",
+    limits={"share": 0.02},
+)
+def anisotropic(record: Record, limits: Limits) -> Iterator[Finding]:
+    """One direction dominates the latents.
+
+    Seen by participation ratio over that of as many Gaussian vectors, no jitter in the ratio.
+    """
+    for name, s in record.matching("val/*/participation_ratio").items():
+        if s.null is not None and s.value < max(1.5, limits["share"] * s.null):
+            yield Finding(
+                "anisotropic",
+                "warning",
+                f"One direction carries most of the variance of {site(name)}: {s.value:.1f} directions take part, "
+                f"{s.null:.0f} would in Gaussian noise.",
+                {"participation_ratio": s.value, "null": s.null},
+                remedies("standardise what goes in", "lower --optim.rate", wait=1000),
+                step=int(s.steps[-1]),
+            )
+
+
+@rule(
+    id="prior-mismatch",
+    source="Rosca et al. 2018; Tomczak & Welling 2018",
+    case="E: norm .81 where 32 is due, 3,248 nats",
+    needs=("val/prior/object", "val/*/prior_nats"),
+    log="samples of the prior beside reconstructions, or the latents where the prior is N(0, I)",
+    limits={"warning": 0.8, "fail": 0.5, "nats_per_dimension": 1.0},
+)
+def prior_mismatch(record: Record, limits: Limits) -> Iterator[Finding | NotMeasured]:
+    """The latents are not where the prior samples, so its samples are not like the data.
+
+    Seen by decode(prior) against decode(latents of real images) by the same independent judge; where latents are meant
+    to be N(0, I), the nats between their mean and variance and its.
+    """
+    prior, real = record.get("val/prior/object"), record.get("val/posterior/object")
+    if prior is not None and real is not None:
+        null = prior.null or 0.0
+        if real.value - null > 0.1:
+            kept = (prior.value - null) / (real.value - null)
+            if kept < limits["warning"]:
+                yield Finding(
+                    "prior-mismatch",
+                    "fail" if kept < limits["fail"] else "warning",
+                    f"Samples of the prior show what their captions name in {prior.value:.0%} of cases, latents of "
+                    f"real images in {real.value:.0%}: the prior loses {1 - kept:.0%} of what the decoder can do.",
+                    {"prior": prior.value, "real": real.value, "null": null},
+                    (Remedy("fit the prior longer: --prior.steps 2000"), Remedy("a larger one: --prior.width 256")),
+                )
+        else:
+            yield NotMeasured("the decoder itself is no better than its null, so the prior cannot be judged")
+    for name, s in record.matching("val/*/prior_nats").items():
+        dimensions = record.get(f"val/{site(name)}/dimensions")
+        due = limits["nats_per_dimension"] * (dimensions.value if dimensions is not None else 1.0)
+        if s.value > due:
+            yield Finding(
+                "prior-mismatch",
+                "warning",
+                f"{site(name)} is {s.value:,.0f} nats away from N(0, I), which samples are drawn from.",
+                {"nats": s.value},
+                remedies("raise --loss.kl", "fit a prior to the latents: --prior.layers 3", wait=1000),
+                step=int(s.steps[-1]),
+            )
+
+
+@rule(
+    id="norm-pinned",
+    source="Pearson 1896",
+    case="E: “alignment”; norm = √d · std",
+    needs=("val/*/norm", "train/*/norm"),
+    log="norm and std of the latents over the run",
+    limits={"r2": 0.99, "spread": 1e-4},
+)
+def norm_pinned(record: Record, limits: Limits) -> Iterator[Finding | NotMeasured]:
+    """A statistic of the latents is fixed by a loss term or by another statistic, so it is no evidence of its own.
+
+    Seen by its spread over the run; regression of one statistic on another, R² ≥ .99.
+    """
+    looked = False
+    for name, norm in record.matching("val/*/norm", "train/*/norm").items():
+        if len(norm) < FEWEST:
+            continue
+        looked = True
+        split, where, _ = name.split("/")
+        mean = float(np.mean(norm.values))
+        if np.ptp(norm.values) <= limits["spread"] * abs(mean):
+            yield Finding(
+                "norm-pinned",
+                "warning",
+                f"The norm of {where} stays at {mean:.4g} to within {limits['spread']:g}: a term or a normalisation "
+                "holds it there. It says nothing about health.",
+                {"norm": mean, "spread": float(np.ptp(norm.values))},
+                remedies("judge by what the latents do: effective_rank, and trials that exchange them"),
+            )
+            continue
+        std = record.get(f"{split}/{where}/std")
+        if std is not None and np.array_equal(std.steps, norm.steps):
+            r2 = float(np.corrcoef(norm.values, std.values)[0, 1] ** 2) if np.ptp(std.values) else 0.0
+            if r2 >= limits["r2"]:
+                yield Finding(
+                    "norm-pinned",
+                    "note",
+                    f"norm and std of {where} are one statistic (R² {r2:.3f}): count them as one piece of evidence.",
+                    {"r2": r2},
+                )
+    if not looked:
+        yield NotMeasured(f"fewer than {FEWEST} readings of a norm")
+
+
+@rule(
+    id="latent-drift",
+    source="two-sample z-test; standard error of skewness √(6/n)",
+    case="E: a profile with a fixed .001",
+    needs=("val/*/mean_shift", "val/*/asymmetry"),
+    log="mean and asymmetry of a fixed probe batch's latents",
+    limits={"errors": 5.0, "least": 0.2},
+)
+def latent_drift(record: Record, limits: Limits) -> Iterator[Finding | NotMeasured]:
+    """Mean or asymmetry of the latents drifts.
+
+    Seen by the change from the middle of the run to its end, in standard errors of each; none is due.
+    """
+    looked = False
+    for name, s in record.matching("val/*/mean_shift", "val/*/asymmetry").items():
+        if len(s) < FEWEST or s.n is None:
+            continue
+        looked = True
+        error = (6 / s.n) ** 0.5 if name.endswith("asymmetry") else s.n**-0.5
+        half = s.values[len(s) // 2 :]
+        change = float(half[-1] - half[0])
+        steady = np.mean(np.sign(np.diff(half)) == np.sign(change))
+        if abs(change) > max(limits["errors"] * error, limits["least"]) and steady > 0.7:
+            yield Finding(
+                "latent-drift",
+                "warning",
+                f"{name.split('/')[2]} of {site(name)} moved by {change:+.3g} over the second half of the run, "
+                f"{abs(change) / error:.0f} standard errors, and goes on.",
+                {"change": change, "standard_error": error},
+                remedies("train until it settles: --train.steps", "raise --loss.kl", wait=1000),
+                step=int(s.steps[-1]),
+            )
+    if not looked:
+        yield NotMeasured(f"fewer than {FEWEST} readings of mean or asymmetry")
+
+
+@rule(
+    id="latent-scale",
+    concerns=("autoencoder", "diffusion"),
+    source="Rombach et al. 2022, appendix G",
+    case="D: 31.7 % clamped",
+    needs=("val/*/scaled_std", "val/*/clamped_share"),
+    log="the latents that diffusion is trained on",
+    limits={"low": 0.5, "high": 2.0, "clamped": 0.01},
+)
+def latent_scale(record: Record, limits: Limits) -> Iterator[Finding]:
+    """Latents are not standardised before diffusion, or clamped.
+
+    Seen by standard deviation of each channel as the diffusion sees it, 1 is due; the share of values at the clamp.
+    """
+    for name, s in record.matching("val/*/scaled_std").items():
+        if not limits["low"] <= s.value <= limits["high"]:
+            yield _scale(f"{site(name)} has a standard deviation of {s.value:.3g} where 1 is due.", {"std": s.value}, s)
+    for name, s in record.matching("val/*/clamped_share").items():
+        if s.value > limits["clamped"]:
+            yield _scale(f"{s.value:.1%} of {site(name)} is cut off at the clamp.", {"clamped": s.value}, s)
+
+
+def _scale(message: str, evidence: dict[str, float], s: Series) -> Finding:
+    fix = remedies("standardise each channel by the training latents' mean and standard deviation, and clamp nothing")
+    return Finding("latent-scale", "fail", message, evidence, fix, step=int(s.steps[-1]))
+
+
+RULES: tuple[Rule, ...] = (
+    latent_ignores_input,
+    rank_collapse,
+    anisotropic,
+    prior_mismatch,
+    norm_pinned,
+    latent_drift,
+    latent_scale,
+)

@@ -1,0 +1,192 @@
+"""Text decoders: does the text depend on the latent, and is its accuracy what it seems? No torch."""
+
+from collections.abc import Iterator
+
+from intaglio.health.finding import Finding, remedies
+from intaglio.health.record import Record
+from intaglio.health.rule import Limits, Rule, rule
+from intaglio.history import NotMeasured
+
+
+@rule(
+    id="decoder-ignores-latent",
+    source="Bowman et al. 2016; intervene, don’t only watch",
+    case="E: exactly 0",
+    needs=("val/*/shuffled_latent_nats",),
+    log="the trial that exchanges latents: a monitor with a caption loss runs it",
+    limits={"nats": 0.05, "weak": 0.2},
+)
+def decoder_ignores_latent(record: Record, limits: Limits) -> Iterator[Finding]:
+    """Captions do not depend on the image.
+
+    Seen by what a token costs more when its caption is decoded from another image's latent, 0 where it is ignored; the
+    caption's surprise beside a bigram model's.
+    """
+    for name, s in record.matching("val/*/shuffled_latent_nats").items():
+        if s.value >= limits["weak"]:
+            continue
+        surprise = record.get(f"val/{name.split('/')[1]}/nats_per_token")
+        bigram = (
+            ""
+            if surprise is None or surprise.null is None
+            else (f" Its surprise is {surprise.value:.2f} nats a token, a bigram model's {surprise.null:.2f}.")
+        )
+        ignored = s.value < limits["nats"]
+        yield Finding(
+            "decoder-ignores-latent",
+            "fail" if ignored else "warning",
+            f"Another image's latent costs a caption {s.value:.3f} nats a token: the text decoder "
+            f"{'does not use' if ignored else 'hardly uses'} the latent.{bigram}",
+            {"nats": s.value},
+            remedies(
+                "train longer: --train.steps",
+                "raise --loss.caption",
+                "fewer text layers: --model.decoder_layers 2",
+                wait=1000,
+            ),
+            candidates=(
+                "the latent says nothing: see latent-ignores-input",
+                "it never reaches the decoder: randomise the layer between them, which would cost nothing",
+            ),
+            step=int(s.steps[-1]),
+        )
+
+
+@rule(
+    id="flattering-accuracy",
+    source="counting",
+    case="E: 69.4 %",
+    needs=("val/*/accuracy_as_logged", "train/*/accuracy_as_logged"),
+    log="the accuracy that the run reports as val/SITE/accuracy_as_logged, for the monitor to recompute",
+    limits={"points": 0.02},
+)
+def flattering_accuracy(record: Record, limits: Limits) -> Iterator[Finding | NotMeasured]:
+    """START, padding or training tokens are counted in the accuracy.
+
+    Seen by the accuracy as it is logged beside the same one recomputed on held-out items without START and padding.
+    """
+    for name, s in record.matching("val/*/accuracy_as_logged", "train/*/accuracy_as_logged").items():
+        true = record.get(f"val/{name.split('/')[1]}/token_accuracy")
+        if true is None:
+            yield NotMeasured(f"{name} has no val/{name.split('/')[1]}/token_accuracy to be held against")
+        elif s.value - true.value > limits["points"]:
+            yield Finding(
+                "flattering-accuracy",
+                "fail",
+                f"The accuracy is logged as {s.value:.1%}; without START and padding, on held-out items, it is "
+                f"{true.value:.1%}" + (f" (a bigram model has {true.null:.1%})." if true.null is not None else "."),
+                {"logged": s.value, "true": true.value},
+                remedies("count only tokens that are predicted: leave out START and padding, and use held-out items"),
+                step=int(s.steps[-1]),
+            )
+
+
+@rule(
+    id="vocabulary-unreachable",
+    source="counting",
+    case="E: punctuation",
+    needs=("train/text/unreachable_share", "val/text/unknown_share"),
+    log="both shares, when the tokenizer is known",
+    limits={"unreachable": 0.02, "unknown": 0.01},
+)
+def vocabulary_unreachable(record: Record, limits: Limits) -> Iterator[Finding]:
+    """Ids that no text can produce, or text that has no ids.
+
+    Seen by the share of ids that the tokenizer gives to no training text and no merge can reach; the share of held-out
+    tokens that are unknown.
+    """
+    unreachable, unknown = record.get("train/text/unreachable_share"), record.get("val/text/unknown_share")
+    if unreachable is not None and unreachable.value > limits["unreachable"]:
+        yield Finding(
+            "vocabulary-unreachable",
+            "warning",
+            f"{unreachable.value:.0%} of the vocabulary's ids are given to no text: parameters that nothing trains.",
+            {"share": unreachable.value},
+            remedies("train the tokenizer on the same text, prepared in the same way", "--model.vocabulary, smaller"),
+        )
+    if unknown is not None and unknown.value > limits["unknown"]:
+        yield Finding(
+            "vocabulary-unreachable",
+            "fail" if unknown.value > 10 * limits["unknown"] else "warning",
+            f"{unknown.value:.1%} of held-out tokens are unknown to the tokenizer.",
+            {"share": unknown.value},
+            remedies("train the tokenizer on more of the training text", "--model.vocabulary, larger"),
+        )
+
+
+@rule(
+    id="free-running-gap",
+    source="Ranzato et al. 2016; Bengio et al. 2015",
+    case="V",
+    needs=("val/*/object_forced",),
+    log="both shares on the same held-out items",
+    limits={"gap": 0.15},
+)
+def free_running_gap(record: Record, limits: Limits) -> Iterator[Finding | NotMeasured]:
+    """Good under teacher forcing, poor when generating.
+
+    Seen by the share of captions that name the right thing when generated, beside the share of items whose naming token
+    is right when all tokens before it are given.
+    """
+    for name, forced in record.matching("val/*/object_forced").items():
+        free = record.get(name.removesuffix("_forced"))
+        if free is None:
+            yield NotMeasured(f"{name} has no counterpart that was generated")
+        elif forced.value - free.value > limits["gap"]:
+            yield Finding(
+                "free-running-gap",
+                "warning",
+                f"Given the true words before it, the model names the right thing in {forced.value:.0%} of cases; "
+                f"writing on its own, in {free.value:.0%}.",
+                {"forced": forced.value, "free": free.value},
+                remedies("train longer: --train.steps", "--model.dropout 0.1", wait=1000),
+                candidates=("decoding ends early or repeats: look at the captions", "it leans on the words before"),
+                step=int(forced.steps[-1]),
+            )
+
+
+@rule(
+    id="question-only",
+    concerns=("vqa",),
+    source="Goyal et al. 2017",
+    case="V",
+    needs=("val/answer/shuffled_image_nats", "val/answer.*/accuracy"),
+    log="accuracy of each question type as val/answer.TYPE/accuracy with its majority as null",
+    limits={"nats": 0.05, "gain": 0.02},
+)
+def question_only(record: Record, limits: Limits) -> Iterator[Finding]:
+    """Answers do not need the image, or are no better than the commonest one.
+
+    Seen by accuracy by question type beside the majority answer's; what another image costs.
+    """
+    swapped = record.get("val/answer/shuffled_image_nats")
+    if swapped is not None and swapped.value < limits["nats"]:
+        yield Finding(
+            "question-only",
+            "fail",
+            f"Another image costs an answer {swapped.value:.3f} nats: answers do not need the image.",
+            {"nats": swapped.value},
+            remedies("balance the answers of each question type", wait=1000),
+            candidates=("the image never reaches the decoder", "questions give their answers away"),
+            step=int(swapped.steps[-1]),
+        )
+    for name, s in record.matching("val/answer.*/accuracy").items():
+        if s.null is not None and s.value < s.null + limits["gain"]:
+            kind = name.split("/")[1].removeprefix("answer.")
+            yield Finding(
+                "question-only",
+                "warning",
+                f"{kind} questions are answered rightly in {s.value:.1%} of cases; always the commonest answer would "
+                f"be right in {s.null:.1%}.",
+                {"accuracy": s.value, "majority": s.null},
+                step=int(s.steps[-1]),
+            )
+
+
+RULES: tuple[Rule, ...] = (
+    decoder_ignores_latent,
+    flattering_accuracy,
+    vocabulary_unreachable,
+    free_running_gap,
+    question_only,
+)

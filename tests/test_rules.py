@@ -1,0 +1,264 @@
+"""Rules over records: each fires on the shape of its fault and stays quiet on healthy runs that look like it."""
+
+import math
+
+import numpy as np
+import pytest
+
+from intaglio.health.diagnosis import chosen, diagnose, load_profile
+from intaglio.health.record import Record, Series
+from intaglio.health.rules import all_rules
+
+STEPS = np.arange(20, 2020, 20)
+NOISE = np.random.default_rng(0).normal(size=len(STEPS))
+FALLING = 3 * np.exp(-STEPS / 400) + 0.3
+HEALTHY = FALLING + 0.02 * NOISE
+
+
+def series(values, null=np.nan, steps=STEPS, n=np.nan):
+    columns = (np.broadcast_to(np.asarray(x, float), len(steps)) for x in (values, null, n))
+    return Series(np.asarray(steps), *columns)
+
+
+def found(rule, series_by_name, **rest):
+    """Severities of one rule's findings; None where it could not look."""
+    rest = {"config": {"system": None}, **rest}
+    diagnosis = diagnose(Record(series_by_name, **rest), rules=chosen([rule]))
+    if diagnosis.not_measured:
+        return None
+    return [f.severity for f in diagnosis.findings]
+
+
+def looks(values, null=np.nan, n=np.nan):
+    return series(values, null, np.arange(200, 2200, 200), n)
+
+
+SPIKE = np.where(STEPS == 1000, 20.0, HEALTHY)
+NAN = np.where(STEPS > 1500, np.nan, HEALTHY)
+UP = np.where(STEPS > 1500, HEALTHY + (STEPS - 1500) / 100, HEALTHY)
+LATE = np.where(STEPS < 1000, 3.3, 0.3 + 3 * np.exp(-(STEPS - 1000) / 200)) + 0.02 * NOISE
+OPTIM = {"optim": {"rate": 1e-3, "floor": 1e-6, "warmup": 100, "schedule": "cosine"}, "system": None}
+TURNED = np.array([3, 2, 1.5, 1.2, 1.1, 1.3, 1.6, 2.0, 2.4, 2.8])
+
+CASES = [
+    ("non-finite", {"train/loss/a": series(NAN)}, ["fail"]),
+    ("non-finite", {"train/loss/a": series(HEALTHY)}, []),
+    ("diverged", {"train/loss/a": series(UP)}, ["fail"]),
+    ("diverged", {"train/loss/a": series(HEALTHY)}, []),
+    ("diverged", {"train/loss/a": series(SPIKE)}, []),
+    ("diverged", {"train/loss/a": series(LATE)}, []),
+    ("diverged", {"train/loss/total": series(UP), "train/weight/kl": series(STEPS / 2000)}, None),
+    ("spike", {"train/loss/a": series(SPIKE)}, ["warning"]),
+    ("spike", {"train/loss/a": series(HEALTHY)}, []),
+    ("spike", {"train/optimizer/gradient_norm": series(np.exp(NOISE))}, []),
+    ("term-inert", {"train/loss/a": series(0.5)}, ["fail"]),
+    ("term-inert", {"train/loss/a": series(0.5), "train/weight/a": series(0.0)}, []),
+    ("term-inert", {"train/loss/a": series(HEALTHY), "train/term.a/gradient_norm": series(0.0)}, ["fail"]),
+    ("term-inert", {"train/loss/a": series(HEALTHY), "train/term.a/gradient_norm": series(1.0)}, []),
+    (
+        "term-dominates",
+        {"train/term.a/gradient_share": series(0.99), "train/term.b/gradient_share": series(0.01)},
+        ["warning"],
+    ),
+    ("term-dominates", {"train/term.a/gradient_share": series(0.7), "train/term.b/gradient_share": series(0.3)}, []),
+    (
+        "weight-not-applied",
+        {"train/loss/a": series(HEALTHY), "train/weight/a": series(STEPS / 2000), "train/loss/total": series(HEALTHY)},
+        ["fail"],
+    ),
+    (
+        "weight-not-applied",
+        {"train/loss/a": series(HEALTHY), "train/weight/a": series(0.5), "train/loss/total": series(0.5 * HEALTHY)},
+        [],
+    ),
+    ("input-starved", {"train/speed/wait_share": series(0.6)}, ["warning"]),
+    ("input-starved", {"train/speed/wait_share": series(0.01)}, []),
+    ("no-learning", {"val/loss/a": looks(2.99, null=3.0)}, ["fail"]),
+    ("no-learning", {"val/loss/a": looks(1.0, null=3.0)}, []),
+    ("no-learning", {"val/loss/a": looks(1.0)}, None),
+    ("plateau", {"train/loss/a": series(math.log(32) + 0.001 * NOISE)}, ["fail"]),
+    ("plateau", {"train/loss/a": series(HEALTHY)}, []),
+    ("plateau", {"train/loss/a": series(LATE)}, []),
+    ("overfitting", {"train/loss/a": series(HEALTHY), "val/loss/a": looks(TURNED)}, ["warning"]),
+    ("overfitting", {"train/loss/a": series(HEALTHY), "val/loss/a": looks(3 * np.exp(-np.arange(10) / 2) + 0.4)}, []),
+    ("validation-missing", {"train/loss/a": series(HEALTHY)}, ["fail"]),
+    ("validation-missing", {"train/loss/a": series(HEALTHY), "val/loss/a": series([2, 1], steps=[1, 2])}, ["warning"]),
+    ("validation-missing", {"train/loss/a": series(HEALTHY), "val/loss/a": looks(1.0)}, []),
+    ("log-distorted", {"train/optimizer/gradient_norm": series(np.minimum(1.0, np.exp(NOISE)))}, ["warning"]),
+    ("log-distorted", {"train/optimizer/gradient_norm": series(np.exp(NOISE))}, []),
+    ("latent-ignores-input", {"val/latent/varying_share": looks(1e-6)}, ["fail"]),
+    ("latent-ignores-input", {"val/latent/varying_share": looks(0.5)}, []),
+    ("rank-collapse", {"val/latent/covariance_rank": looks(7, null=220)}, ["fail"]),
+    ("rank-collapse", {"val/latent/covariance_rank": looks(120, null=220)}, []),
+    ("anisotropic", {"val/latent/participation_ratio": looks(1.1, null=180)}, ["warning"]),
+    ("anisotropic", {"val/latent/participation_ratio": looks(40, null=180)}, []),
+    ("prior-mismatch", {"val/prior/object": looks(0.2, 0.1), "val/posterior/object": looks(0.9, 0.1)}, ["fail"]),
+    ("prior-mismatch", {"val/prior/object": looks(0.86, 0.1), "val/posterior/object": looks(0.9, 0.1)}, []),
+    ("prior-mismatch", {"val/latent/prior_nats": looks(3248.0)}, ["warning"]),
+    ("norm-pinned", {"val/latent/norm": looks(16.0)}, ["warning"]),
+    (
+        "norm-pinned",
+        {"val/latent/norm": looks(16 + np.arange(10)), "val/latent/std": looks(1 + np.arange(10) / 16)},
+        ["note"],
+    ),
+    ("norm-pinned", {"val/latent/norm": looks(16 + TURNED), "val/latent/std": looks(TURNED[::-1] ** 2)}, []),
+    ("latent-drift", {"val/latent/asymmetry": looks(np.arange(10) / 5, n=512)}, ["warning"]),
+    ("latent-drift", {"val/latent/asymmetry": looks(0.1 + 0.05 * NOISE[:10], n=512)}, []),
+    ("decoder-ignores-latent", {"val/caption/shuffled_latent_nats": looks(0.0)}, ["fail"]),
+    ("decoder-ignores-latent", {"val/caption/shuffled_latent_nats": looks(1.7)}, []),
+    (
+        "flattering-accuracy",
+        {"val/caption/accuracy_as_logged": looks(0.694), "val/caption/token_accuracy": looks(0.41)},
+        ["fail"],
+    ),
+    (
+        "flattering-accuracy",
+        {"val/caption/accuracy_as_logged": looks(0.42), "val/caption/token_accuracy": looks(0.41)},
+        [],
+    ),
+    ("vocabulary-unreachable", {"train/text/unreachable_share": looks(0.3)}, ["warning"]),
+    (
+        "vocabulary-unreachable",
+        {"train/text/unreachable_share": looks(0.0), "val/text/unknown_share": looks(0.001)},
+        [],
+    ),
+    ("free-running-gap", {"val/caption/object_forced": looks(0.95), "val/caption/object": looks(0.5)}, ["warning"]),
+    ("free-running-gap", {"val/caption/object_forced": looks(0.95), "val/caption/object": looks(0.93)}, []),
+    ("question-only", {"val/answer/shuffled_image_nats": looks(0.0)}, ["fail"]),
+    ("question-only", {"val/answer.count/accuracy": looks(0.4, null=0.39)}, ["warning"]),
+    (
+        "question-only",
+        {"val/answer/shuffled_image_nats": looks(1.0), "val/answer.count/accuracy": looks(0.8, null=0.39)},
+        [],
+    ),
+    ("posterior-collapse", {"val/latent/kl_nats": looks(0.01)}, ["fail"]),
+    ("posterior-collapse", {"val/latent/kl_nats": looks(30), "val/caption/shuffled_latent_nats": looks(1.0)}, []),
+    ("kl-free", {"train/kl/groups_above_floor": series(0.0)}, ["warning"]),
+    ("kl-free", {"train/kl/groups_above_floor": series(0.5)}, []),
+    ("kl-parked", {"train/kl/kl_charged": series(0.801, null=0.8)}, ["note"]),
+    ("kl-parked", {"train/kl/kl_charged": series(3.0, null=0.8)}, []),
+    ("rate-too-high", {"val/z/target_entropy": looks(4.7), "val/z/kl_nats": looks(77)}, ["warning"]),
+    ("rate-too-high", {"val/z/target_entropy": looks(4.7), "val/z/kl_nats": looks(6)}, []),
+    ("kl-units", {"val/z/kl_nats": looks(77), "val/loss/kl": looks(77 / 512)}, ["warning"]),
+    ("kl-units", {"val/z/kl_nats": looks(77), "val/loss/kl": looks(76)}, []),
+    ("codebook-collapse", {"train/vq/perplexity": series(20, null=500)}, ["fail"]),
+    ("codebook-collapse", {"train/vq/perplexity": series(300, null=500)}, []),
+    ("codebook-collapse", {"train/vq/perplexity": series(300)}, None),
+    ("codes-dead", {"train/vq/dead_share": series(0.9)}, ["warning"]),
+    ("codes-dead", {"train/vq/mass_ratio": series(0.4)}, ["warning"]),
+    ("codes-dead", {"train/vq/dead_share": series(0.01), "train/vq/mass_ratio": series(1.0)}, []),
+    ("codes-displaced", {"train/vq/norm_ratio": series(60)}, ["fail"]),
+    ("codes-displaced", {"train/vq/norm_ratio": series(0.9)}, []),
+    (
+        "codes-shrink",
+        {"train/loss/vq": series(FALLING), "train/loss/reconstruction": series(0.3 + STEPS / 1000)},
+        ["warning"],
+    ),
+    ("codes-shrink", {"train/loss/vq": series(FALLING), "train/loss/reconstruction": series(FALLING)}, []),
+    ("codes-polluted", {"val/vq/codebook_moved": looks(1.0)}, ["fail"]),
+    ("codes-polluted", {"train/vq/updates_per_step": series(2.0)}, ["fail"]),
+    ("codes-polluted", {"val/vq/codebook_moved": looks(0.0), "train/vq/updates_per_step": series(1.0)}, []),
+    ("near-chance", {"val/loss/contrastive": looks(9.0, null=9.07)}, ["fail"]),
+    ("near-chance", {"val/loss/contrastive": looks(8.3, null=9.07)}, ["warning"]),
+    ("near-chance", {"val/loss/contrastive": looks(4.0, null=9.07)}, []),
+    ("trivial-pair", {"val/pair/distinct_views": looks(0.0)}, ["fail"]),
+    ("trivial-pair", {"val/pair/strangers_nats": looks(0.0)}, ["fail"]),
+    ("trivial-pair", {"val/pair/distinct_views": looks(1.0), "val/pair/strangers_nats": looks(2.0)}, []),
+    ("context-order-inert", {"val/context/context_repeated": looks(0.0)}, ["fail"]),
+    ("context-order-inert", {"val/context/context_repeated": looks(0.3)}, []),
+    ("temperature-stuck", {"train/pair/temperature": series(0.07)}, ["warning"]),
+    (
+        "temperature-stuck",
+        {"train/pair/temperature": series(np.maximum(0.01, 0.07 - STEPS / 2e4), null=0.01)},
+        ["warning"],
+    ),
+    ("temperature-stuck", {"train/pair/temperature": series(0.07 - STEPS / 1e5)}, []),
+    ("sigreg-blind", {"val/z/sigreg_blind": looks(1.0), "val/z/sigreg": looks(0.4, null=0.01)}, ["fail"]),
+    ("sigreg-blind", {"val/z/sigreg_blind": looks(0.0), "val/z/sigreg": looks(0.01, null=0.01)}, []),
+    ("queue-stale", {"train/queue/queue_agreement": series(0.3)}, ["warning"]),
+    ("queue-stale", {"train/queue/queue_agreement": series(0.97)}, []),
+    ("modality-gap", {"val/pair/modality_gap": looks(1.2), "val/retrieval/x_r1": looks(0.01)}, ["warning"]),
+    ("modality-gap", {"val/pair/modality_gap": looks(1.2), "val/retrieval/x_r1": looks(0.6)}, []),
+    ("latent-scale", {"val/z/clamped_share": looks(0.317)}, ["fail"]),
+    ("latent-scale", {"val/z/clamped_share": looks(0.0), "val/z/scaled_std": looks(1.02)}, []),
+]
+
+
+@pytest.mark.parametrize(("rule", "given", "expected"), CASES, ids=[f"{c[0]}-{k}" for k, c in enumerate(CASES)])
+def test_a_rule_fires_on_its_fault_and_on_nothing_else(rule, given, expected):
+    config = {"train": {"batch_size": 32}, "system": next(iter(chosen([rule])[0].concerns), None)}
+    assert found(rule, given, config=config) == expected
+
+
+FACTS = [
+    ("dead-parameters", {"dead_parameters": {"encoder": 900}, "parameters": 1000}, ["fail"]),
+    ("dead-parameters", {"dead_parameters": {}, "parameters": 1000}, []),
+    ("not-in-optimizer", {"not_in_optimizer": ["head.weight"]}, ["fail"]),
+    ("not-in-optimizer", {"not_in_optimizer": [], "unmoved": ["head.weight"]}, ["fail"]),
+    ("not-in-optimizer", {"not_in_optimizer": [], "unmoved": []}, []),
+    ("tied-and-frozen", {"tied_and_frozen": [["head.weight", "embedding.weight"]]}, ["warning"]),
+    ("tied-and-frozen", {"tied_and_frozen": []}, []),
+    ("range-mismatch", {"ranges": {"image": {"target_low": 0, "target_high": 1, "low": -1, "high": 1}}}, ["fail"]),
+    ("range-mismatch", {"ranges": {"image": {"target_low": 0, "target_high": 1, "low": 0, "high": 1}}}, []),
+    ("augmentation-inert", {"augmentations": {"flip": {"changed": 1.0, "variety": 0.0}}}, ["warning"]),
+    ("augmentation-inert", {"augmentations": {"flip": {"changed": 0.5, "variety": 0.8}}}, []),
+    ("validation-pollutes", {"changed_by_validation": ["norm.running_mean"]}, ["fail"]),
+    ("validation-pollutes", {"changed_by_validation": [], "training_in_validation": ["norm"]}, ["warning"]),
+    ("validation-pollutes", {"changed_by_validation": [], "training_in_validation": []}, []),
+    ("split-leak", {"leaks": {"the same image": 2633}}, ["fail"]),
+    ("split-leak", {"leaks": {"the same image": 0}}, []),
+    ("data-replaced", {"intake": {"items": 39, "lost": {"objects dropped": 61}}}, ["fail"]),
+    ("data-replaced", {"intake": {"items": 1000, "lost": {"unreadable": 1}}}, []),
+    ("partial-load", {"loaded": {"missing": ["a"], "unexpected": [], "reshaped": []}}, ["fail"]),
+    ("partial-load", {"loaded": {"missing": [], "unexpected": [], "reshaped": []}}, []),
+]
+
+
+@pytest.mark.parametrize(("rule", "facts", "expected"), FACTS, ids=[f"{c[0]}-{k}" for k, c in enumerate(FACTS)])
+def test_a_rule_of_facts_fires_on_its_fault(rule, facts, expected):
+    assert found(rule, {}, facts=facts, config={}) == expected
+
+
+def test_the_applied_rate_is_held_against_the_configured_one():
+    from intaglio.objectives.schedules import warmup_cosine
+
+    due = np.array([1e-3 * warmup_cosine(int(k) - 1, 2000, 100, 1e-3) for k in STEPS])
+    half = np.array([1e-3 * warmup_cosine(int(k) - 1, 4000, 100, 1e-3) for k in STEPS])
+    for rates, expected in ((due, []), (half, ["fail"]), (10 * due, ["fail"])):
+        assert found("learning-rate-off", {"train/optimizer/rate": series(rates)}, config=OPTIM, steps=2000) == expected
+    assert found("learning-rate-off", {"train/optimizer/rate": series(due)}) is None
+
+
+def test_every_rule_is_tested_here_says_what_it_needs_and_has_a_name_of_its_own():
+    rules = all_rules()
+    assert len({r.id for r in rules}) == len(rules)
+    tested = {c[0] for c in CASES} | {c[0] for c in FACTS} | {"learning-rate-off"}
+    assert {r.id for r in rules} == tested
+    for r in rules:
+        assert r.needs or r.facts
+        assert r.log
+        assert r.source
+        assert r.seen.startswith("Seen by")
+
+
+def test_nothing_is_healthy_because_nothing_was_looked_at():
+    assert diagnose(Record({})).verdict == "cannot tell"
+    assert diagnose(Record({"val/latent/varying_share": looks(0.5)})).verdict == "cannot tell"
+
+
+def test_a_profile_sets_limits_and_refuses_what_it_does_not_know(tmp_path):
+    file = tmp_path / "mine.yaml"
+    file.write_text("near-chance: {share: 0.9}\n")
+    record = Record({"val/loss/contrastive": looks(4.0, null=9.07)})
+    assert [f.rule for f in diagnose(record, load_profile(file), chosen(["near-chance"])).findings] == ["near-chance"]
+    for text, said in (
+        ("near-chanse: {share: 0.9}", "did you mean 'near-chance'"),
+        ("near-chance: {shares: 0.9}", "it has share"),
+        ("near-chance: {share: much}", "must be a number"),
+        ("- near-chance", "write rules with their limits"),
+    ):
+        file.write_text(text)
+        with pytest.raises(ValueError, match=said):
+            load_profile(file)
+    with pytest.raises(ValueError, match="There is no profile 'absent'"):
+        load_profile("absent")
