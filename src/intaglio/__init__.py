@@ -11,6 +11,7 @@ VERBS = (
     "caption",
     "check",
     "demo",
+    "diagnose",
     "encode",
     "evaluate",
     "generate",

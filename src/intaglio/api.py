@@ -14,13 +14,15 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from intaglio.config import Config, load
+from intaglio.config import Config, MultimodalConfig, load
+from intaglio.data.batches import fixed_batches
 from intaglio.data.pixels import SUFFIXES, UnreadableImage, read_image
 from intaglio.data.prepare import Prepared, prepare
 from intaglio.data.vectors import VectorFile
 from intaglio.health.check import CheckReport
 from intaglio.health.check import check as check_config
-from intaglio.history import Reading, run_folder
+from intaglio.health.diagnosis import Diagnosis, diagnose_run
+from intaglio.history import HistoryWriter, Reading, read_history, run_folder
 from intaglio.history.run_folder import RunFolder
 from intaglio.models.multimodal import GUIDANCE, TEMPERATURE, MultimodalModel, of_run, open_model
 from intaglio.models.multimodal import interpolate as between
@@ -30,6 +32,7 @@ __all__ = [
     "caption",
     "check",
     "demo",
+    "diagnose",
     "encode",
     "evaluate",
     "generate",
@@ -220,6 +223,34 @@ def evaluate(run: str | Path) -> tuple[dict[str, Reading], list[str]]:
     evaluation = measure(model, prepared_of(folder, model), folder)
     conclude(folder, evaluation, folder.record["model_step"], lines.append)
     return evaluation.readings, lines
+
+
+def diagnose(
+    run: str | Path, profile: str | Path = "default", rules: Sequence[str] = (), trials: bool = False
+) -> Diagnosis:
+    """The verdict on a run, live or finished; with ``trials`` its saved model is read and tried first."""
+    if trials:
+        look_again(run)
+    return diagnose_run(run, profile, rules)
+
+
+def look_again(run: str | Path) -> dict[str, Reading]:
+    """Instruments and trials on the saved model of a run and its held-out items; adds the readings to its history."""
+    from intaglio.systems import multimodal
+    from intaglio.training.health import Health
+
+    folder = run_folder.find(run)
+    model, config = load_model(folder.path), folder.config()
+    assert isinstance(config, MultimodalConfig), "the only system so far"
+    prepared = prepared_of(folder, model)
+    system = multimodal.build(config, prepared, model).to(model.device)
+    items = prepared.some("val", config.health.probe)
+    health = Health(config, folder, lambda: next(fixed_batches(prepared.data, items, len(items))), False, print)
+    readings = health.look(system, None)
+    step = folder.record.get("model_step", folder.record["step"])
+    with HistoryWriter(folder.metrics) as history:
+        history.write(step, float(read_history(folder.metrics)["epoch"][-1]), readings)
+    return readings
 
 
 def prepared_of(folder: RunFolder, model: MultimodalModel) -> Prepared:

@@ -107,6 +107,29 @@ def _evaluate(a: Arguments) -> int:
     return int(findings["verdict"] == "failing")
 
 
+def _diagnose(a: Arguments) -> int:
+    from intaglio.health.diagnosis import chosen, diagnose_run, explain
+
+    if a.explain:
+        (rule,) = chosen([a.explain])
+        print(explain(rule))
+        return 0
+    if a.run is None:
+        raise ValueError("which run? Give its folder or its name; or --explain RULE.")
+    if a.trials:
+        from intaglio.api import look_again
+
+        look_again(a.run)
+    diagnosis = diagnose_run(a.run, a.profile, a.rule or ())
+    if a.json:
+        _print_json(diagnosis.as_dict())
+    else:
+        from intaglio.reports.summary import verdict_lines
+
+        print("\n".join(verdict_lines(diagnosis)))
+    return {"failing": 1, "cannot tell": 3}.get(diagnosis.verdict, 0)
+
+
 def _caption(a: Arguments) -> int:
     from intaglio.api import Skipped, caption
     from intaglio.sampling.tokens import Decoding
@@ -203,6 +226,7 @@ VERBS = {
     "check": _check,
     "demo": _demo,
     "evaluate": _evaluate,
+    "diagnose": _diagnose,
     "caption": _caption,
     "generate": _generate,
     "interpolate": _interpolate,
@@ -255,6 +279,13 @@ def _parser() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentParse
 
     p = verb("evaluate", "measure a finished run on its held-out items, each number beside its null")
     p.add_argument("run")
+
+    p = verb("diagnose", "the verdict on a run, live or finished: what is healthy, what fails and why, what to change")
+    p.add_argument("run", nargs="?")
+    p.add_argument("--profile", default="default", help="limits: default, documents, or a YAML file")
+    p.add_argument("--rule", action="append", metavar="RULE", help="judge by this rule alone (may be repeated)")
+    p.add_argument("--trials", action="store_true", help="load the model and its data, and run instruments and trials")
+    p.add_argument("--explain", metavar="RULE", help="what a rule measures, against which null, and its source")
 
     p = verb("caption", "caption images")
     p.add_argument("run")

@@ -83,6 +83,7 @@ def prepare(
     corpus = open_corpus(config, seed, progress)
     sides, leaks = split(corpus, {"train": 1 - config.held_out, "val": config.held_out}, seed)
     captions = [corpus.captions(i) for i in range(len(corpus))]
+    learnt_here = tokenizer is None
     if tokenizer is None:
         tokenizer = CaptionTokenizer.train((c for i in sides["train"] for c in captions[i]), vocabulary)
     flat = [c for several in captions for c in several]
@@ -100,7 +101,11 @@ def prepare(
         "captions cut": encoded.truncated,
         "unknown tokens": encoded.unknown,
         "near-duplicate groups kept on one side": leaks,
+        "held-out images seen in training": _seen(data.images, sides["train"], sides["val"]),
     }
+    if learnt_here:
+        known, met = (_pieces(data, tokenizer, sides[side]) for side in ("train", "val"))
+        record["tokens known from held-out captions alone"] = len(met - known)
     return Prepared(corpus, data, sides, tokenizer, text_length, _fingerprint(corpus, sides, tokenizer), record)
 
 
@@ -108,6 +113,18 @@ def _pixels(corpus: Corpus, config: DataConfig, progress: Progress | None) -> np
     if isinstance(corpus, ImageFolder):
         return corpus.pixels()
     return image_table(corpus, config.image_size, cache_folder(config.cache), progress)
+
+
+def _pieces(data: CaptionedImages, tokenizer: CaptionTokenizer, items: np.ndarray) -> set[int]:
+    rows = np.concatenate([np.arange(data.first[i], data.first[i + 1]) for i in items])
+    return tokenizer.reached(data.ids[rows])
+
+
+def _seen(images: np.ndarray, train: np.ndarray, held_out: np.ndarray) -> int:
+    """How many held-out images are, byte for byte, one of the training images."""
+    digests = [hashlib.blake2b(image, digest_size=16).digest() for image in images]
+    known = {digests[i] for i in train}
+    return sum(digests[i] in known for i in held_out)
 
 
 def notices(prepared: Prepared) -> Sequence[str]:

@@ -4,6 +4,7 @@ Pieces are bytes, so a trained tokenizer gives back exactly what it read. Its al
 captions hold: every id can be produced by some text, and a byte never seen is UNK, which ``encode`` counts.
 """
 
+import json
 import unicodedata
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -59,6 +60,16 @@ class CaptionTokenizer:
 
     def __len__(self) -> int:
         return self.tokenizer.get_vocab_size()
+
+    def reached(self, ids: np.ndarray) -> set[int]:
+        """Which ids a text that was encoded as ``ids`` can have led to: itself, and the pieces merged into it."""
+        model, vocabulary = json.loads(self.to_json())["model"], self.tokenizer.get_vocab()
+        parts = {vocabulary[a + b]: (vocabulary[a], vocabulary[b]) for a, b in model["merges"]}
+        found, left = set(), {int(i) for i in np.unique(ids)}
+        while left:
+            found |= left
+            left = {part for whole in left for part in parts.get(whole, ())} - found
+        return found - set(range(len(SPECIAL)))
 
     def encode(self, captions: Sequence[str], length: int) -> Encoded:
         """Ids of each caption between START and END, cut to ``length`` and padded to the longest.

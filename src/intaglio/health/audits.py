@@ -84,6 +84,20 @@ def around_validation(model: nn.Module, facts: dict[str, Any]) -> Iterator[None]
     facts["changed_by_validation"] = [n for n in after if before.get(n) != after[n]]
 
 
+@contextmanager
+def undisturbed(model: nn.Module) -> Iterator[None]:
+    """Inside, the model is in eval mode; afterwards modes and generators are what they were."""
+    training = [m for m in model.modules() if m.training]
+    devices = list(range(torch.cuda.device_count())) if torch.cuda.is_initialized() else []
+    with torch.random.fork_rng(devices=devices):
+        model.eval()
+        try:
+            yield
+        finally:
+            for module in training:
+                module.training = True
+
+
 def ranges(targets: Tensor, low: float, high: float) -> dict[str, float]:
     """The range of the targets beside what the output's activation reaches."""
     least, most = torch.aminmax(targets.detach().float())

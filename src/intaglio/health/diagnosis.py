@@ -14,7 +14,7 @@ from intaglio.health.record import Record, of_readings, of_table
 from intaglio.health.rule import Limits, Rule, apply
 from intaglio.health.rules import all_rules
 from intaglio.history import Reading, read_history
-from intaglio.history.run_folder import RunFolder, write_atomically
+from intaglio.history.run_folder import RunFolder, find, write_atomically
 
 ESSENTIAL = ("non-finite", "no-learning", "overfitting", "validation-missing")
 """Rules that must have looked before a run is called healthy."""
@@ -71,10 +71,58 @@ def record_of(folder: RunFolder, readings: Mapping[str, Reading] | None = None, 
     history = folder.metrics if folder.metrics.is_file() else folder.metrics.with_suffix(".parquet")
     if not history.is_file():
         raise ValueError(f"{folder.path} has no metrics yet, so there is nothing to judge: train first.")
-    config = to_dict(folder.config())
-    facts = {"facts": facts_of(folder), "config": config, "steps": config["train"]["steps"]}
-    series = of_table(read_history(history)).series
-    return Record({**series, **of_readings(readings or {}, step).series}, **facts)
+    config = to_dict(folder.config()) if (folder.path / "config.yaml").is_file() else {}
+    steps = config["train"]["steps"] if config else folder.record.get("steps")
+    series = {**of_table(read_history(history)).series, **of_readings(readings or {}, step).series}
+    return Record(series, facts_of(folder), config, steps, running=folder.record["status"] == "running")
+
+
+def diagnose_run(run: str | Path, profile: str | Path = "default", rules: Iterable[str] = ()) -> Diagnosis:
+    """The verdict on a run folder, live or finished, by all rules or those named; writes ``findings.json`` if by all.
+
+    Raises:
+        ValueError: no run folder, no metrics in it yet, an unknown profile or rule.
+    """
+    folder, named = find(run), list(rules)
+    limits = load_profile(profile)
+    readings, missing, step = _evaluation(folder)
+    record = record_of(folder, readings, step)
+    diagnosis = diagnose(record, limits, chosen(named) if named else None, missing)
+    if not named and str(profile) == "default":
+        write_findings(folder, diagnosis)
+    return diagnosis
+
+
+def _evaluation(folder: RunFolder) -> tuple[dict[str, Reading], dict[str, str], int]:
+    """Readings of ``evaluation.json``, what it could not measure, and its step; empty where there is none."""
+    file = folder.path / "evaluation.json"
+    if not file.is_file():
+        return {}, {}, 0
+    content = json.loads(file.read_text(encoding="utf-8"))
+    readings = {name: Reading(**r) for name, r in content["readings"].items()}
+    return readings, content.get("not_measured", {}), content["step"]
+
+
+def explain(rule: Rule) -> str:
+    """What a rule measures, against which null, from which source, by which limits, and the case that taught it."""
+    limits = ", ".join(f"{name} {value:g}" for name, value in rule.limits.items()) or "none"
+    reads = ", ".join((*rule.needs, *rule.facts))
+    lines = [
+        rule.id,
+        "",
+        rule.wrong,
+        rule.seen,
+        "",
+        f"reads     {reads}",
+        f"to log    {rule.log}",
+        f"limits    {limits}",
+    ]
+    lines.append(f"source    {rule.source}")
+    if rule.case:
+        lines.append(f"seen in   {rule.case}")
+    if rule.concerns:
+        lines.append(f"concerns  {', '.join(rule.concerns)}")
+    return "\n".join(lines)
 
 
 def facts_of(folder: RunFolder) -> dict[str, Any]:
@@ -85,6 +133,11 @@ def facts_of(folder: RunFolder) -> dict[str, Any]:
     if data:
         lost = {k: n for k, n in data["intake"]["counts"].items() if k in LOST}
         facts["intake"] = {"items": sum(data["items"].values()), "lost": lost}
+        if "held-out images seen in training" in data:
+            facts["leaks"] = {"the very same image": data["held-out images seen in training"]}
+        if data.get("tokens known from held-out captions alone"):
+            what = "the vocabulary was built on their captions; that many of its tokens occur nowhere else"
+            facts["leaks"] = facts.get("leaks", {}) | {what: data["tokens known from held-out captions alone"]}
     return facts
 
 

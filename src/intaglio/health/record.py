@@ -51,13 +51,15 @@ class Record:
     """Everything that rules may look at.
 
     ``facts`` are what audits found that no number says (names of tensors, of modules), and ``config`` the run's
-    settings as plain dicts; both are empty for a history alone. ``steps`` is how long the run is meant to be.
+    settings as plain dicts; both are empty for a history alone. ``steps`` is how long the run is meant to be, where
+    known, and ``running`` whether it goes on.
     """
 
     series: Mapping[str, Series]
     facts: Mapping[str, Any] = field(default_factory=dict)
     config: Mapping[str, Any] = field(default_factory=dict)
     steps: int | None = None
+    running: bool = False
 
     def get(self, name: str) -> Series | None:
         """The series of that very name, if it has a value."""
@@ -66,6 +68,16 @@ class Record:
     def matching(self, *patterns: str) -> dict[str, Series]:
         """All series whose names fit one of the patterns, as ``val/*/effective_rank``."""
         return {n: s for n, s in self.series.items() if any(fnmatchcase(n, p) for p in patterns)}
+
+    def settled(self, s: Series) -> bool:
+        """Whether a series has been read late enough to say that something was not learnt.
+
+        That is a quarter of the run and three times its warm-up, or its end; long plateaus before are common.
+        """
+        if self.steps is None or s.steps[-1] >= self.steps:
+            return not (self.steps is None and self.running)
+        warmup = int((self.config.get("optim") or {}).get("warmup", 0))
+        return bool(s.steps[-1] >= max(0.25 * self.steps, 3 * warmup))
 
     @property
     def last_step(self) -> int:

@@ -83,7 +83,7 @@ def apply(rules: Iterable[Rule], record: Record, profile: Mapping[str, Limits] |
         if r.judge is None or (r.concerns and record.config.get("system", r.concerns[0]) not in r.concerns):
             continue
         if not record.matching(*r.needs) and not any(key in record.facts for key in r.facts):
-            missing[r.id] = f"there is no {' or '.join((*r.needs, *r.facts))}: {r.log}"
+            missing[r.id] = f"needs {' or '.join((*r.needs, *r.facts))}; log {r.log}"
             continue
         said = list(r.judge(record, {**r.limits, **(profile or {}).get(r.id, {})}))
         found = [x for x in said if isinstance(x, Finding)]

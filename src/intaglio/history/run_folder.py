@@ -110,11 +110,11 @@ def find(path: str | Path) -> RunFolder:
         ValueError: there is none; names the nearest.
     """
     for candidate in (Path(path), Path("runs") / path):
-        if (candidate / "run.json").is_file() and (candidate / "config.yaml").is_file():
+        if (candidate / "run.json").is_file():
             return RunFolder(candidate)
     known = sorted(p.parent.name for p in Path("runs").glob("*/run.json"))
     hint = f" Runs here: {', '.join(known[-8:])}." if known else " There are no runs under runs/ yet."
-    raise ValueError(f"{path} is not a run folder: it needs run.json and config.yaml.{hint}")
+    raise ValueError(f"{path} is not a run folder: it needs run.json.{hint}")
 
 
 def write_atomically(path: Path, text: str) -> None:

@@ -193,7 +193,8 @@ def _verdict(whose: str, part: _Part) -> str:
         for gap in findings.get("not_measured", [])
     ]
     unmeasured = "".join(f"<li>{escape(gap)}</li>" for gap in gaps)
-    rest = f'<div class="unmeasured"><h3>Not measured</h3><ul>{unmeasured}</ul></div>' if unmeasured else ""
+    told = f"{len(findings.get('passed', []))} rules passed; {len(gaps)} quantities were not measured"
+    rest = f'<details class="unmeasured"><summary>{told}</summary><ul>{unmeasured}</ul></details>' if unmeasured else ""
     found = "".join(map(_finding, findings.get("findings", [])))
     css = word.replace(" ", "-")
     return (

@@ -41,7 +41,13 @@ def _line(row: Iterable[str], widths: Sequence[int]) -> str:
 def verdict_lines(diagnosis: Diagnosis) -> list[str]:
     """The verdict, each finding with what to try in order, and how many rules passed or could not look."""
     counted = f"{len(diagnosis.passed)} rules passed, {len(diagnosis.not_measured)} quantities were not measured"
-    return [f"{diagnosis.verdict.upper()}: {counted}.", *chain.from_iterable(map(_finding, diagnosis.findings))]
+    lines = [f"{diagnosis.verdict.upper()}: {counted}.", *chain.from_iterable(map(_finding, diagnosis.findings))]
+    names = [gap.get("rule") or gap["quantity"] for gap in diagnosis.not_measured]
+    if names:
+        lines += textwrap.wrap(
+            f"not measured: {', '.join(names)} (--json says what to log)", 100, subsequent_indent="  "
+        )
+    return lines
 
 
 def _finding(finding: Finding) -> list[str]:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from intaglio.config import Config
+from intaglio.history import Measured
 from intaglio.objectives import Term
 from intaglio.objectives.distributed import processes, rank
 from intaglio.systems.optimizers import configure, parameter_groups
@@ -123,6 +124,14 @@ class System(L.LightningModule):
             )
         if self.config.optim.clip > 0:
             nn.utils.clip_grads_with_norm_(parameters, self.config.optim.clip, self.gradient_norm)
+
+    @abstractmethod
+    def read(self, batch: Any) -> dict[str, Mapping[str, Measured]]:
+        """Instruments and trials on a fixed held-out batch, by ``<split>/<site>`` and quantity; in eval mode."""
+
+    @abstractmethod
+    def ranges(self, batch: Any) -> dict[str, dict[str, float]]:
+        """By site, the range of the targets beside what the output's activation reaches."""
 
     @abstractmethod
     def measure(self, batch: Any) -> dict[str, tuple[Tensor, Tensor]]:

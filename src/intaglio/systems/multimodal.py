@@ -14,7 +14,10 @@ from torch import Tensor, nn
 from intaglio.config import MultimodalConfig, to_dict
 from intaglio.data.batches import Batch
 from intaglio.data.prepare import Prepared
-from intaglio.data.tokenizer import PAD
+from intaglio.data.tokenizer import PAD, SPECIAL
+from intaglio.health import audits, panel
+from intaglio.health.trials import cost_of_exchange
+from intaglio.history import Measured, NotMeasured, Reading
 from intaglio.models import nulls
 from intaglio.models.multimodal import MultimodalModel
 from intaglio.models.networks import DocumentedNetwork
@@ -27,6 +30,10 @@ from intaglio.systems.base import System
 
 UNSEEN = 0.1
 """Share of captions that are learnt without their latent, so that captions can be drawn before there is one."""
+
+
+TRIED = 128
+"""Items of the probe whose latents are exchanged in trials."""
 
 
 class Pairing(nn.Module):
@@ -50,9 +57,16 @@ class MultimodalSystem(System):
     config: MultimodalConfig
     model: MultimodalModel
 
-    def __init__(self, config: MultimodalConfig, steps: int, model: MultimodalModel, nulls: Mapping[str, float]):
+    def __init__(
+        self,
+        config: MultimodalConfig,
+        steps: int,
+        model: MultimodalModel,
+        nulls: Mapping[str, float],
+        unreachable: Measured = NotMeasured("the tokenizer is not known"),  # noqa: B008 - frozen
+    ):
         super().__init__(config, steps)
-        self.model = model
+        self.model, self.unreachable = model, unreachable
         self.pairing = Pairing(config.loss.temperature, config.loss.pairing)
         self._nulls = dict(nulls)
 
@@ -105,6 +119,44 @@ class MultimodalSystem(System):
                 sums[f"loss/{name}"] = (term.value * items.to(term.value), items)
         return sums
 
+    def read(self, batch: Batch) -> dict[str, Mapping[str, Measured]]:
+        network, images = self.model.network, self.model.to_range(batch.images)
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16):
+            q = network.encode_image(images)
+            z, few = q.mean.float(), slice(0, TRIED)
+            costs = cost_of_exchange(lambda z: self._caption_nats(z, batch.ids[few]), z[few])
+            blurs = cost_of_exchange(lambda z: self._image_errors(z, images[few]), z[few])
+        found: dict[str, Mapping[str, Measured]] = {
+            "val/caption": {f"{other}_latent_nats": m for other, m in costs.items()},
+            "val/image": {f"{other}_latent_error": m for other, m in blurs.items()},
+            "train/text": {"unreachable_share": self.unreachable},
+        }
+        if isinstance(network, DocumentedNetwork):
+            last, unit = network.image_encoder[-1], network.embed_image(z)
+            assert isinstance(last, nn.Linear)
+            return found | {"val/latent": panel.latents(z, bias_d=last.bias), "val/pair": panel.pairs(unit, unit)}
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16):
+            text = network.embed_text(batch.ids, batch.ids != PAD)
+        scale = self.pairing.log_scale
+        found["train/pair"] = {"temperature": Reading(float((-scale).exp()))}
+        found["val/pair"] = panel.pairs(network.embed_image(z), text, scale)
+        return found | {"val/latent": panel.latents(z, q.log_variance.float())}
+
+    def ranges(self, batch: Batch) -> dict[str, dict[str, float]]:
+        low = 0.0 if self.model.config.output == "sigmoid" else -1.0
+        return {"image": audits.ranges(self.model.to_range(batch.images), low, 1.0)}
+
+    def _caption_nats(self, z_BZ: Tensor, ids_BT: Tensor) -> tuple[np.ndarray, np.ndarray]:
+        """Each caption's nats and tokens, (B,), decoded from the given latents."""
+        targets = ids_BT[:, 1:]
+        nats = token_nats(self.model.network.caption_logits(z_BZ, ids_BT[:, :-1]), targets, PAD)
+        return nats.sum(1).double().cpu().numpy(), (targets != PAD).sum(1).double().cpu().numpy()
+
+    def _image_errors(self, z_BZ: Tensor, images: Tensor) -> tuple[np.ndarray, np.ndarray]:
+        """Each image's mean squared error in [0, 1], (B,), decoded from the given latents."""
+        error = self.model.to_unit(self.model.decode_image(z_BZ)) - self.model.to_unit(images)
+        return error.square().mean((1, 2, 3)).double().cpu().numpy(), np.ones(len(images))
+
     def taps(self) -> dict[str, nn.Module]:
         network = self.model.network
         sites: dict[str, nn.Module] = {"image_latent": network.image_encoder, "text_decoder": network.text_decoder}
@@ -147,4 +199,7 @@ def build(config: MultimodalConfig, prepared: Prepared, model: MultimodalModel |
         model.tokenizer = prepared.tokenizer
     assert config.train.steps is not None, "steps are resolved before a system is built"
     model.train()  # one that was loaded is in eval mode, without dropout
-    return MultimodalSystem(config, config.train.steps, model, null_readings(config, prepared))
+    pieces = len(prepared.tokenizer) - len(SPECIAL)
+    reached = prepared.tokenizer.reached(prepared.ids_of(prepared.splits["train"]))
+    unreachable = Reading(1 - len(reached) / max(1, pieces), 0.0, pieces)
+    return MultimodalSystem(config, config.train.steps, model, null_readings(config, prepared), unreachable)

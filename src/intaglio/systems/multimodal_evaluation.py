@@ -155,12 +155,29 @@ def _retrieval(model: MultimodalModel, prepared: Prepared, items: np.ndarray, la
 def _objects_in_captions(
     model: MultimodalModel, prepared: Prepared, items: np.ndarray, latents: Tensor
 ) -> dict[str, Reading]:
-    """The share of held-out images whose greedy caption names their main object."""
+    """The share of held-out images whose greedy caption names their main object; ``forced`` has the true words before
+    each word."""
     labels = prepared.labels_of(items)
     named = [prepared.corpus.label_in(c) for z in latents.split(128) for c in model.caption(z)]
     known = [k for k, label in enumerate(labels) if label is not None]
     null = nulls.majority(prepared.labels_of(prepared.splits["train"]), [labels[k] for k in known])
-    return {"val/caption/object": share(_same([named[k] for k in known], [labels[k] for k in known]), len(known), null)}
+    true, forced = [labels[k] for k in known], _forced(model, prepared, items, latents)
+    return {
+        "val/caption/object": share(_same([named[k] for k in known], true), len(known), null),
+        "val/caption/object_forced": share(_same([forced[k] for k in known], true), len(known), null),
+    }
+
+
+@torch.inference_mode()
+def _forced(model: MultimodalModel, prepared: Prepared, items: np.ndarray, latents: Tensor) -> list[str | None]:
+    """The object that the likeliest tokens name when each follows the true ones; None where the caption names none."""
+    found: list[str | None] = []
+    for batch, z in zip(fixed_batches(prepared.data, items, 128), latents.split(128), strict=True):
+        ids = batch.ids.to(model.device)
+        likeliest = model.network.caption_logits(z, ids[:, :-1]).argmax(-1)
+        likeliest = likeliest.where(ids[:, 1:] != PAD, torch.full_like(likeliest, PAD))
+        found += [prepared.corpus.label_in(prepared.tokenizer.decode(row.tolist())) for row in likeliest]
+    return found
 
 
 def _objects_in_images(

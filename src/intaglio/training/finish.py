@@ -14,7 +14,7 @@ from intaglio.config import MultimodalConfig
 from intaglio.data.cache import cache_folder
 from intaglio.data.prepare import Prepared
 from intaglio.health.diagnosis import diagnose, record_of, write_findings
-from intaglio.history import HistoryWriter, read_history, to_parquet
+from intaglio.history import HistoryWriter, Reading, read_history, to_parquet
 from intaglio.history.run_folder import RunFolder, write_atomically
 from intaglio.models.classifier import Judge, judge
 from intaglio.models.multimodal import MultimodalModel
@@ -45,7 +45,11 @@ def finish(
     evaluation = measure(model, prepared, folder)
     written = read_history(folder.metrics)
     written = written.filter(written["step"] == step)
-    new = {name: r for name, r in evaluation.readings.items() if name not in set(written["name"])}
+    logged = written.filter(written["name"] == "val/caption/token_accuracy")["value"]
+    readings = dict(evaluation.readings)
+    if len(logged):
+        readings["val/caption/accuracy_as_logged"] = Reading(float(logged[-1]))
+    new = {name: r for name, r in readings.items() if name not in set(written["name"])}
     with HistoryWriter(folder.metrics) as history:
         history.write(step, float(written["epoch"][-1]), new)
     make_proofs(model, prepared, folder.proofs(step))
@@ -64,7 +68,8 @@ def conclude(folder: RunFolder, evaluation: Evaluation, step: int, say: Callable
     diagnosis = diagnose(record_of(folder, readings, step), not_measured=evaluation.not_measured)
     seconds = folder.record.get("train_seconds")
     numbers = {name: asdict(r) for name, r in readings.items()}
-    write_json(folder, "evaluation.json", {"step": step, "seconds": seconds, "readings": numbers})
+    content = {"step": step, "seconds": seconds, "readings": numbers, "not_measured": evaluation.not_measured}
+    write_json(folder, "evaluation.json", content)
     write_findings(folder, diagnosis)
     page = write_page(folder)
     for line in summary_lines(readings, diagnosis):

@@ -26,6 +26,7 @@ from intaglio.objectives.distributed import alone, mean_over_processes, processe
 from intaglio.systems.base import System
 from intaglio.training import checkpoint
 from intaglio.training.ema import EMA
+from intaglio.training.health import Health
 
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
@@ -47,9 +48,11 @@ class AfterStep(L.Callback):
         ema: EMA | None,
         prove: Callable[[System, int], None] | None,
         identity: dict[str, Any],
+        health: Health | None = None,
     ):
         self.config, self.history, self.folder, self.batches, self.items = config, history, folder, batches, items
         self.held_out, self.ema, self.prove, self.identity = held_out, ema, prove, identity
+        self.health, self.verdict = health, ""
         self.best, self.best_step, self.looks_since_best = float("inf"), 0, 0
         self.latest: dict[str, float] = {}
         self.looks = 0
@@ -78,8 +81,14 @@ class AfterStep(L.Callback):
             self.stopped_early = None
         if self.stopped_early:
             self.stopped_by, trainer.should_stop = self.stopped_early, True
+        if self.health:
+            self.health.start(pl_module, trainer.optimizers[0], self.done)
         if threading.current_thread() is threading.main_thread():
             self._handlers = {s: signal.signal(s, self._ask_to_stop) for s in STOP_SIGNALS}
+
+    def on_before_optimizer_step(self, trainer: L.Trainer, pl_module: Any, optimizer: torch.optim.Optimizer) -> None:
+        if self.health and self.health.auditing(self.done):
+            self.health.before_update(pl_module)
 
     def on_train_batch_end(self, trainer: L.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         step = trainer.global_step
@@ -90,10 +99,14 @@ class AfterStep(L.Callback):
         if self.ema:
             self.ema.update(pl_module)
         last = step == trainer.max_steps
+        if self.health:
+            self.health.after_update(pl_module, trainer.optimizers[0], step)
         if step % train.log_every == 0 or last:
             self._log_training(trainer, pl_module, step)
         if step % train.validate_every == 0 or last:
             self._validate(trainer, pl_module, step)
+        elif self.health and step in self.health.early:
+            self._look_at_health(trainer, pl_module, step)
         best = self.best_step == step
         stop = self._everyone_agrees_to_stop(pl_module.device)
         if step % train.checkpoint_every == 0 or best or last or stop:
@@ -133,8 +146,10 @@ class AfterStep(L.Callback):
 
     def _validate(self, trainer: L.Trainer, system: System, step: int) -> None:
         begun = time.perf_counter()
-        readings = measure(system, self.held_out(), self.ema)
+        with self.health.validation(system) if self.health else nullcontext():
+            readings = measure(system, self.held_out(), self.ema)
         self._write(trainer, step, readings)
+        self._look_at_health(trainer, system, step)
         self.latest = {name: r.value for name, r in readings.items()}
         self.looks += 1
         monitored = self.latest[self.config.train.monitor]
@@ -151,6 +166,18 @@ class AfterStep(L.Callback):
             with self.ema.applied(system) if self.ema else nullcontext():
                 self.prove(system, step)
         self._clock = (self._clock[0] + time.perf_counter() - begun, *self._clock[1:])
+
+    def _look_at_health(self, trainer: L.Trainer, system: System, step: int) -> None:
+        if not self.health:
+            return
+        begun = time.perf_counter()
+        self._write(trainer, step, self.health.look(system, self.ema))
+        diagnosis = self.health.judge()
+        self.verdict = diagnosis.verdict
+        if diagnosis.verdict == "failing" and self.config.health.stop:
+            self.stopped_by = self.stopped_by or f"health: {diagnosis.findings[0].rule}"
+        if step in self.health.early:
+            self._clock = (self._clock[0] + time.perf_counter() - begun, *self._clock[1:])
 
     def _out_of_patience(self) -> bool:
         return 0 < self.config.train.patience <= self.looks_since_best

@@ -12,7 +12,7 @@ from intaglio.training.loop import AfterStep
 
 
 class ProgressReport(L.Callback):
-    """Rate, time left and the main held-out value; a line at each look at the held-out items where there is no bar."""
+    """Rate, time left, the main held-out value and the verdict so far; where there is no bar, a line at each look."""
 
     def __init__(self, after: AfterStep, batch_items: int, monitor: str, quiet: bool, console: Console):
         self.after, self.batch_items, self.monitor, self.console = after, batch_items, monitor, console
@@ -40,6 +40,8 @@ class ProgressReport(L.Callback):
         rate = (step - self.first) * self.batch_items / max(time.monotonic() - self.begun, 1e-9)
         value = self.after.latest.get(self.monitor)
         held_out = "" if value is None else f"held out {self.monitor.removeprefix('val/')} {value:.4f}"
+        if self.after.verdict:
+            held_out += f"  {self.after.verdict}"
         if self.bar:
             self.bar.update(self.task, completed=step, rate=rate, held_out=held_out)
         elif trainer.is_global_zero and not self.quiet and self.after.looks > self.shown:

@@ -7,7 +7,7 @@ import sys
 import threading
 import time
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import replace
 from itertools import islice
@@ -26,9 +26,11 @@ from intaglio.config import Config, MultimodalConfig
 from intaglio.data.batches import Batch, TrainingBatches, fixed_batches
 from intaglio.data.prepare import Prepared, notices, prepare
 from intaglio.data.tokenizer import CaptionTokenizer
+from intaglio.health.diagnosis import load_profile
 from intaglio.history import HistoryWriter, run_folder
 from intaglio.history.run_folder import RunFolder
 from intaglio.models.multimodal import MultimodalModel, of_run
+from intaglio.reports.page import write_page
 from intaglio.reports.proofs import make_proofs
 from intaglio.systems import multimodal
 from intaglio.systems.base import System
@@ -36,6 +38,7 @@ from intaglio.systems.optimizers import describe_groups
 from intaglio.training import checkpoint, device, launch
 from intaglio.training.ema import EMA
 from intaglio.training.finish import finish
+from intaglio.training.health import Health
 from intaglio.training.loop import AfterStep
 from intaglio.training.progress import ProgressReport
 
@@ -48,6 +51,7 @@ def train(
     parent: str | Path | None = None,
     dry_run: bool = False,
     quiet: bool = False,
+    alter: Callable[[System], None] | None = None,
 ) -> RunFolder | None:
     """Trains a recipe, goes on with a run, or fine-tunes one; returns the run folder (None after a dry run).
 
@@ -57,6 +61,7 @@ def train(
         resume: run folder or checkpoint file to go on with; only the length may change.
         parent: run whose model is fine-tuned with a fresh optimizer, at a tenth of its rate unless one is given.
         dry_run: prepares everything, goes forward and backward once, writes nothing.
+        alter: changes the system before its first step; how the demo breaks its twin.
 
     Raises:
         ValueError: anything that the user can put right; says how.
@@ -86,6 +91,7 @@ def train(
         config = configuration.load(recipe, overrides)
     config, reasons = _resolve_machine(config)
     say(f"device {config.train.device} ({reasons['device']}), {config.train.precision} ({reasons['precision']})")
+    load_profile(config.health.profile)  # refused now rather than after the data is read
     prepared = _prepared(config, tokenizer, length, say)
     config = _resolve_length(config, prepared)
     _tell_data(say, prepared)
@@ -102,7 +108,7 @@ def train(
         for notice in notices(prepared):
             folder.notice(notice)
         say(f"run folder {folder.path}")
-    return _fit(config, prepared, folder, None, model, say)
+    return _fit(config, prepared, folder, None, model, say, alter)
 
 
 def _resume(path: str | Path, overrides: Sequence[str], recipe: str | Path | None, say: "_Teller") -> RunFolder:
@@ -150,9 +156,12 @@ def _fit(
     source: Path | None,
     model: MultimodalModel | None,
     say: "_Teller",
+    alter: Callable[[System], None] | None = None,
 ) -> RunFolder:
     """Trains, then measures and writes; leaves ``run.json`` saying how it ended whatever happens."""
     system = multimodal.build(_multimodal(config), prepared, model)
+    if alter is not None:
+        alter(system)
     for line in describe_groups(system.configure_optimizers()["optimizer"].param_groups, config.optim.rate):
         say(line)
     begun = time.monotonic()
@@ -169,6 +178,11 @@ def _fit(
             folder.update(status="interrupted", stopped_by=after.stopped_by.removeprefix("signal "))
             say(f"Stopped by {after.stopped_by} after step {after.done}; everything is saved.", always=True)
             say(f"Go on with: intaglio train --resume {folder.path}", always=True)
+            return folder
+        if after.stopped_by and after.stopped_by.startswith("health"):
+            folder.update(status="stopped", stopped_by=after.stopped_by)
+            page = write_page(folder)
+            say(f"Stopped by {after.stopped_by} after step {after.done}: {page}", always=True)
             return folder
         step = after.done
         if config.train.patience and after.best_step != step:
@@ -254,7 +268,15 @@ def _run_trainer(
     ema = EMA(train.ema) if train.ema > 0 else None
     where = folder.checkpoints if folder is not None else Path(config.runs)
     items = len(prepared.splits["train"])
-    after = AfterStep(config, history, where, batches, items, look, ema, prove if folder else None, identity)
+    health = None
+    if folder is not None and config.health.on:
+
+        def probe() -> Batch:
+            items = prepared.some("val", config.health.probe)
+            return next(fixed_batches(prepared.data, items, len(items)))
+
+        health = Health(config, folder, probe, system.bf16, say)
+    after = AfterStep(config, history, where, batches, items, look, ema, prove if folder else None, identity, health)
     bar = ProgressReport(after, train.batch_size * train.accumulate, train.monitor, say.quiet, say.console)
     for name in ("lightning.pytorch", "lightning.fabric"):
         logging.getLogger(name).setLevel(logging.WARNING)

@@ -204,7 +204,7 @@ def split_leak(record: Record, limits: Limits) -> Iterator[Finding]:
             yield Finding(
                 "split-leak",
                 "fail",
-                f"{count:,} held-out items have been seen in training: {what}.",
+                f"Held-out items have been seen in training, {count:,} × {what}.",
                 {"items": count},
                 remedies(
                     "split by group, and let near-duplicates stay on one side", "train the tokenizer on training items"

@@ -16,7 +16,7 @@ from intaglio.history import NotMeasured
     source="Bowman et al. 2016; He et al. 2019",
     needs=("val/*/kl_nats",),
     log="KL(q(z|x) || N(0, I)) per item, raw, as val/SITE/kl_nats",
-    limits={"nats": 0.1, "cost": 0.01},
+    limits={"nats": 0.1},
 )
 def posterior_collapse(record: Record, limits: Limits) -> Iterator[Finding]:
     """The decoder works without the latent.
@@ -24,9 +24,10 @@ def posterior_collapse(record: Record, limits: Limits) -> Iterator[Finding]:
     Seen by nats in the latent, and what the loss costs more with latents shuffled; both are 0 where it is not used.
     """
     for name, s in record.matching("val/*/kl_nats").items():
-        costs = record.matching("val/*/shuffled_latent_*")
-        used = [c.value for c in costs.values()]
-        unused = bool(used) and max(used) < limits["cost"]
+        if not record.settled(s):
+            continue
+        used = [c.value for c in record.matching("val/*/shuffled_latent_*_low").values()]
+        unused = bool(used) and max(used) <= 0
         if s.value < limits["nats"] or unused:
             active = record.get(f"val/{name.split('/')[1]}/active_units")
             yield Finding(
@@ -35,7 +36,7 @@ def posterior_collapse(record: Record, limits: Limits) -> Iterator[Finding]:
                 f"{name.split('/')[1]} holds {s.value:.3g} nats an item"
                 + (f" in {active.value:.0f} active units" if active is not None else "")
                 + (", and exchanging it costs the decoder nothing." if unused else ": as good as none."),
-                {"nats": s.value} | ({"cost": max(used)} if used else {}),
+                {"nats": s.value} | ({"highest_lower_bound_of_cost": max(used)} if used else {}),
                 remedies("lower --loss.kl tenfold", "free bits", "a longer ramp of the KL's weight", wait=1000),
                 step=int(s.steps[-1]),
             )

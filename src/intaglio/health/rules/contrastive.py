@@ -18,7 +18,7 @@ from intaglio.history import NotMeasured
     case="J: 7.98 of 9.07",
     needs=("val/loss/contrastive", "val/contrastive/loss", "val/contrastive/top1"),
     log="the held-out contrastive loss with ln N as its null",
-    limits={"share": 0.1, "settled": 0.2},
+    limits={"share": 0.1},
 )
 def near_chance(record: Record, limits: Limits) -> Iterator[Finding | NotMeasured]:
     """The contrastive loss is close to that of guessing.
@@ -30,7 +30,7 @@ def near_chance(record: Record, limits: Limits) -> Iterator[Finding | NotMeasure
             yield NotMeasured(f"{name} has no null: log ln N beside it")
             continue
         gained = (s.null - s.value) / s.null
-        if gained < limits["share"] and _old_enough(record, s.steps, limits):
+        if gained < limits["share"] and record.settled(s):
             nothing = gained < limits["share"] / 5
             yield Finding(
                 "near-chance",
@@ -44,10 +44,6 @@ def near_chance(record: Record, limits: Limits) -> Iterator[Finding | NotMeasure
                 candidates=("the pair is trivial or unrelated: exchange partners", "the temperature is stuck"),
                 step=int(s.steps[-1]),
             )
-
-
-def _old_enough(record: Record, steps: np.ndarray, limits: Limits) -> bool:
-    return record.steps is None or steps[-1] >= limits["settled"] * record.steps
 
 
 @rule(
@@ -216,7 +212,9 @@ def modality_gap(record: Record, limits: Limits) -> Iterator[Finding | NotMeasur
     for name, s in record.matching("val/*/modality_gap").items():
         if not recalls:
             yield NotMeasured("there is no retrieval to hold the gap against")
-        elif s.value > limits["gap"] and max(r.value for r in recalls.values()) < limits["recall"]:
+        elif (
+            record.settled(s) and s.value > limits["gap"] and max(r.value for r in recalls.values()) < limits["recall"]
+        ):
             best = max(r.value for r in recalls.values())
             yield Finding(
                 "modality-gap",

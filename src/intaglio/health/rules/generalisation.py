@@ -20,7 +20,7 @@ LOWER_IS_BETTER = ("*/loss/*", "*/*/nats_per_token", "*/*/mse", "*/*/error")
     case="J, E",
     needs=("train/loss/*", "val/loss/*", "train/*/nats_per_token"),
     log="a loss with its null",
-    limits={"share": 0.02, "settled": 0.2},
+    limits={"share": 0.02},
 )
 def no_learning(record: Record, limits: Limits) -> Iterator[Finding | NotMeasured]:
     """A loss is no better than its null model's.
@@ -33,11 +33,10 @@ def no_learning(record: Record, limits: Limits) -> Iterator[Finding | NotMeasure
         yield NotMeasured("no loss has a null to be held against")
     for name, s in known.items():
         assert s.null is not None
-        early = record.steps is not None and s.steps[-1] < limits["settled"] * record.steps
         twin = "train" + name.removeprefix("val") if name.startswith("val/") else name
         if twin != name and twin in known:
             continue  # on held-out items alone it is overfitting
-        if s.null > 0 and s.value >= (1 - limits["share"]) * s.null and not early:
+        if s.null > 0 and s.value >= (1 - limits["share"]) * s.null and record.settled(s):
             yield Finding(
                 "no-learning",
                 "fail",
@@ -185,12 +184,12 @@ def validation_missing(record: Record, limits: Limits) -> Iterator[Finding]:
     last = max(int(s.steps[-1]) for s in record.matching("train/loss/*").values())
     fix = remedies("look ten times in a run: --train.validate_every", "log at the optimizer step, not at the epoch")
     if not val:
-        if record.steps is None or last >= 0.5 * record.steps:
+        if not record.running or (record.steps is not None and last >= 0.5 * record.steps):
             yield Finding("validation-missing", "fail", "No held-out loss was ever logged.", {}, fix, step=last)
         return
     longest = max(val.values(), key=len)
     reach = int(longest.steps[-1]) / max(1, last)
-    done = record.steps is None or last >= 0.9 * record.steps
+    done = not record.running or (record.steps is not None and last >= 0.9 * record.steps)
     if done and (len(longest) < limits["looks"] or reach < limits["covered"]):
         yield Finding(
             "validation-missing",

@@ -210,7 +210,7 @@ def latent_drift(record: Record, limits: Limits) -> Iterator[Finding | NotMeasur
     """
     looked = False
     for name, s in record.matching("val/*/mean_shift", "val/*/asymmetry").items():
-        if len(s) < FEWEST or s.n is None:
+        if len(s) < FEWEST or s.n is None or not record.settled(s):
             continue
         looked = True
         error = (6 / s.n) ** 0.5 if name.endswith("asymmetry") else s.n**-0.5

@@ -23,14 +23,28 @@ def decoder_ignores_latent(record: Record, limits: Limits) -> Iterator[Finding]:
     caption's surprise beside a bigram model's.
     """
     for name, s in record.matching("val/*/shuffled_latent_nats").items():
-        if s.value >= limits["weak"]:
+        where = name.split("/")[1]
+        others = [record.get(f"val/{where}/{other}_latent_nats") for other in ("shuffled", "zero", "mean")]
+        severed = all(o is not None and o.value == 0 for o in others)
+        if s.value >= limits["weak"] or not (severed or record.settled(s)):
             continue
-        surprise = record.get(f"val/{name.split('/')[1]}/nats_per_token")
+        surprise = record.get(f"val/{where}/nats_per_token")
         bigram = (
             ""
             if surprise is None or surprise.null is None
             else (f" Its surprise is {surprise.value:.2f} nats a token, a bigram model's {surprise.null:.2f}.")
         )
+        if severed:
+            yield Finding(
+                "decoder-ignores-latent",
+                "fail",
+                "Captions do not depend on the image: another image's latent, one of zeros and the mean latent all "
+                f"cost exactly 0 nats, so nothing of the latent reaches the text decoder.{bigram}",
+                {"nats": s.value},
+                remedies("let the text decoder attend to the latent: see what stands between the two"),
+                step=int(s.steps[0]),
+            )
+            continue
         ignored = s.value < limits["nats"]
         yield Finding(
             "decoder-ignores-latent",

@@ -119,7 +119,7 @@ def spike(record: Record, limits: Limits) -> Iterator[Finding]:
         middle = rolling_median(s.values, 21)
         positive = bool((s.values > 0).all())  # heavy tails, as of gradient norms, are symmetric in their logarithm
         off = np.log(s.values / middle) if positive else s.values - middle
-        late = np.arange(len(s)) >= len(s) // 10  # the start of a run is steep, not spiky
+        late = np.arange(len(s)) >= max(10, len(s) // 10)  # the start of a run is steep, not spiky
         high = late & (off > limits["deviations"] * (mad(off[late]) + 1e-12)) & (s.values > limits["times"] * middle)
         if high.any() and not high[-3:].any():
             worst = int(np.where(high, off, -np.inf).argmax())

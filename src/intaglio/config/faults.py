@@ -1,0 +1,97 @@
+"""What is wrong with the values of a configuration that types cannot say; each message names the key."""
+
+from collections.abc import Iterator
+
+from intaglio.config.settings import Config, MultimodalConfig
+
+
+def check_values(config: Config) -> None:
+    """Raises a ``ValueError`` for the first fault."""
+    for message in _faults(config):
+        raise ValueError(message)
+
+
+def _faults(config: Config) -> Iterator[str]:
+    """What is wrong with the values; later checks may rest on earlier ones. Each message names the key."""
+    d, o, t = config.data, config.optim, config.train
+    at_least_one = {"train.batch_size": t.batch_size, "train.accumulate": t.accumulate, "train.devices": t.devices}
+    at_least_one |= {"train.log_every": t.log_every, "train.keep": t.keep, "train.validate_items": t.validate_items}
+    at_least_one |= {"health.probe": config.health.probe}
+    not_negative: dict[str, float] = {
+        "seed": config.seed,
+        "train.patience": t.patience,
+        "train.validate_every": t.validate_every,
+    }
+    not_negative |= {"train.checkpoint_every": t.checkpoint_every, "optim.warmup": o.warmup, "optim.decay": o.decay}
+    not_negative |= {"optim.clip": o.clip}
+    if isinstance(config, MultimodalConfig):
+        m, p, w = config.model, config.prior, config.loss
+        at_least_one |= {"model.latent": m.latent, "model.width": m.width, "model.heads": m.heads}
+        at_least_one |= {"model.vocabulary": m.vocabulary, "model.feed_forward": m.feed_forward}
+        at_least_one |= {"prior.steps": p.steps, "prior.batch_size": p.batch_size}
+        not_negative |= {"prior.layers": p.layers, "model.decoder_layers": m.decoder_layers}
+        not_negative |= {"model.encoder_layers": m.encoder_layers}
+        not_negative |= {f"loss.{k}": getattr(w, k) for k in ("reconstruction", "caption", "contrastive", "kl")}
+    yield from (f"{k} is {v}; it must be at least 1." for k, v in at_least_one.items() if v < 1)
+    yield from (f"{k} is {v}; it must not be negative." for k, v in not_negative.items() if v < 0)
+    if d.image_size < 16 or d.image_size % 16:
+        yield f"data.image_size is {d.image_size}; use a multiple of 16."
+    if not 0 < d.held_out < 1:
+        yield f"data.held_out is {d.held_out}; use a share between 0 and 1, such as 0.1."
+    if d.text_length < 3:
+        yield f"data.text_length is {d.text_length}; use at least 3: START, a token, END."
+    if d.source != "engravings" and d.items is not None:
+        yield "data.items counts built-in scenes; a folder has its own. Leave it out, or set it to null."
+    if d.items is not None and d.items < 2:
+        yield f"data.items is {d.items}; use at least 2, one of them held out."
+    if not 0 <= d.bad_limit <= 1:
+        yield f"data.bad_limit is {d.bad_limit}; use a share from 0 to 1, such as 0.05."
+    if (t.steps is None) == (t.epochs is None):
+        yield "give train.steps or train.epochs, one of them (null for the other)."
+    if t.steps is not None and t.steps < 1:
+        yield f"train.steps is {t.steps}; use at least 1."
+    if t.epochs is not None and t.epochs <= 0:
+        yield f"train.epochs is {t.epochs}; use more than 0."
+    if t.batch_size % t.devices:
+        yield f"train.batch_size {t.batch_size} must divide over {t.devices} processes."
+    if not 0 <= t.ema < 1:
+        yield f"train.ema is {t.ema}; use a decay in [0, 1), such as 0.999."
+    if o.rate <= 0 or not 0 <= o.floor <= o.rate:
+        yield "optim.rate must be above 0 and optim.floor within [0, rate]."
+    if not all(0 <= beta < 1 for beta in o.betas):
+        yield f"optim.betas is {list(o.betas)}; use decay rates in [0, 1), such as [0.9, 0.99]."
+    if not t.monitor.startswith("val/loss/"):
+        yield f"train.monitor is {t.monitor}; the best look has the lowest value, so name a val/loss/… quantity."
+    if isinstance(config, MultimodalConfig):
+        yield from _multimodal_faults(config)
+
+
+def _multimodal_faults(config: MultimodalConfig) -> Iterator[str]:
+    m, size, halvings = config.model, config.data.image_size, len(config.model.channels)
+    if m.width % m.heads:
+        yield f"model.width {m.width} must be divisible by model.heads {m.heads}."
+    if halvings < 3 or min(m.channels) < 1:
+        yield f"model.channels is {list(m.channels)}; the image is halved at least 3 times, each with its channels."
+    if config.prior.width % 32 or config.prior.width < 32:
+        yield f"prior.width is {config.prior.width}; use a multiple of 32."
+    if config.prior.rate <= 0:
+        yield f"prior.rate is {config.prior.rate}; use more than 0, such as 0.002."
+    if not 0 <= m.dropout < 1:
+        yield f"model.dropout is {m.dropout}; use a share in [0, 1), such as 0.1."
+    if config.loss.temperature <= 0:
+        yield f"loss.temperature is {config.loss.temperature}; use more than 0, such as 0.1."
+    if (config.loss.pairing == "self") != (m.network == "documented"):
+        yield "loss.pairing self is the documented network's, and the only one that it can have."
+    if m.network == "documented":
+        return
+    if size % 2 ** (halvings + 1):
+        yield (
+            f"data.image_size {size} halved {halvings} times (model.channels) leaves no even grid; use a multiple of "
+            f"{2 ** (halvings + 1)} or fewer channels."
+        )
+    cells = (size // 2**halvings) ** 2
+    if m.latent % cells:
+        yield (
+            f"model.latent is {m.latent}; it must be a multiple of the latent's cells, {cells} at data.image_size "
+            f"{size} with {halvings} model.channels."
+        )

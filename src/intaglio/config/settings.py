@@ -1,0 +1,222 @@
+"""Everything that a user may set: typed, frozen, each with its default. ``intaglio.config`` reads and checks it."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Literal
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """Which items are learnt from, and which are held out.
+
+    Args:
+        source: ``engravings`` (built in, needs no files) or the path of a folder of images.
+        items: number of built-in scenes to draw; a folder has as many as it holds.
+        image_size: side of the square images in pixels, a multiple of 16.
+        held_out: share of the items that is kept out of training; a split that the folder declares comes first.
+        text_length: longest caption in tokens, START and END included; longer ones are cut and counted.
+        metadata: file inside the folder that names images and captions; found by itself where it has a usual name.
+        columns: names of that file's columns where they are unusual, as ``caption: title``.
+        caption_template: caption of images that have only a label.
+        bad_limit: largest share of unreadable or captionless items that training starts with.
+        cache: folder for decoded images; empty for the user's cache folder.
+    """
+
+    source: str = "engravings"
+    items: int | None = None
+    image_size: int = 64
+    held_out: float = 0.1
+    text_length: int = 64
+    metadata: str | None = None
+    columns: dict[str, str] = field(default_factory=dict)
+    caption_template: str = "a picture of {label}"
+    bad_limit: float = 0.05
+    cache: str = ""
+
+
+@dataclass(frozen=True)
+class OptimConfig:
+    """The optimizer and its schedule, both counted in optimizer steps.
+
+    Args:
+        kind: ``muon`` makes the updates of hidden matrices orthogonal and uses AdamW for the rest; ``adamw`` decays
+            weights apart from the gradient, ``adam`` adds the decay to it.
+        rate: highest learning rate.
+        floor: learning rate at the last step.
+        warmup: optimizer steps of linear warm-up.
+        schedule: shape between warm-up and the last step.
+        decay: weight decay of matrices and kernels; biases, norms and embeddings have none.
+        betas: decay rates of the first and second moment.
+        clip: largest gradient norm; 0 clips nothing.
+    """
+
+    kind: Literal["muon", "adamw", "adam"] = "muon"
+    rate: float = 3e-3
+    floor: float = 1e-6
+    warmup: int = 100
+    schedule: Literal["cosine", "constant"] = "cosine"
+    decay: float = 0.01
+    betas: tuple[float, float] = (0.9, 0.99)
+    clip: float = 1.0
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """How long, how large, how often.
+
+    Args:
+        steps: optimizer steps of the whole run; give this or ``epochs``.
+        epochs: passes over the training items; resolved to ``steps`` when the data is known.
+        batch_size: items of one forward pass, over all processes together.
+        accumulate: forward passes of one optimizer step.
+        precision: ``auto`` times both on this machine and says which and why.
+        device: ``auto`` takes a GPU where there is one and says so.
+        devices: processes, one GPU (or CPU worker) each.
+        ema: decay of the averaged weights that validation, samples and the saved model use; 0 for none.
+        log_every: optimizer steps between rows of the history.
+        validate_every: optimizer steps between looks at the held-out items; 0 for a tenth of the run.
+        validate_items: held-out items of each look.
+        checkpoint_every: optimizer steps between checkpoints; 0 for one at each look.
+        keep: how many of the latest checkpoints stay; the best look's stays besides.
+        patience: looks without a better ``monitor`` after which the run stops, and the model has the best look's
+            weights; 0 never stops early, and it has the last ones.
+        monitor: name of the held-out quantity that says which checkpoint is best.
+    """
+
+    steps: int | None = None
+    epochs: float | None = None
+    batch_size: int = 64
+    accumulate: int = 1
+    precision: Literal["auto", "fp32", "bf16"] = "auto"
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    devices: int = 1
+    ema: float = 0.999
+    log_every: int = 20
+    validate_every: int = 0
+    validate_items: int = 512
+    checkpoint_every: int = 0
+    keep: int = 2
+    patience: int = 0
+    monitor: str = "val/loss/total"
+
+
+@dataclass(frozen=True)
+class MultimodalModelConfig:
+    """The multimodal network. ``documented`` builds the network of the original document literally.
+
+    Args:
+        network: ``standard``, or ``documented`` (pooled encoder, one latent token, no text encoder).
+        latent: dimensions of the shared latent z, a multiple of its cells: (image_size / 2^len(channels))² of them.
+        channels: channels after each halving of the image, at least three; the image decoder mirrors them.
+        width: width of the text encoder and decoder, and of the token embedding.
+        heads: attention heads.
+        feed_forward: width of the hidden layer in each Transformer block.
+        decoder_layers: Transformer blocks of the text decoder.
+        encoder_layers: Transformer blocks of the text encoder.
+        vocabulary: largest number of tokens; the trained tokenizer has as many as the captions support.
+        dropout: in the Transformer blocks.
+        output: activation of the image decoder: ``sigmoid`` reaches [0, 1], ``tanh`` [-1, 1]; images have that range.
+    """
+
+    network: Literal["standard", "documented"] = "standard"
+    latent: int = 256
+    channels: tuple[int, ...] = (32, 64, 160)
+    width: int = 128
+    heads: int = 4
+    feed_forward: int = 512
+    decoder_layers: int = 3
+    encoder_layers: int = 2
+    vocabulary: int = 4000
+    dropout: float = 0.0
+    output: Literal["sigmoid", "tanh"] = "sigmoid"
+
+
+@dataclass(frozen=True)
+class MultimodalLossConfig:
+    """Weights of the loss terms; each is the very number that multiplies its term.
+
+    Args:
+        reconstruction: L1 + MSE of the image, mean over pixels.
+        caption: cross-entropy of the caption, nats per token, padding left out.
+        contrastive: image against text over the batch.
+        kl: KL(q(z|x) || N(0, I)), nats per image.
+        pairing: ``sigmoid`` (SigLIP, suits small batches), ``infonce`` (CLIP), or ``self`` (the document's: z against
+            itself, which teaches nothing; ``check`` says so).
+        temperature: at the start; learnt from there on.
+    """
+
+    reconstruction: float = 10.0
+    caption: float = 1.0
+    contrastive: float = 1.0
+    kl: float = 2e-5
+    pairing: Literal["sigmoid", "infonce", "self"] = "sigmoid"
+    temperature: float = 0.1
+
+
+@dataclass(frozen=True)
+class PriorConfig:
+    """The flow over latents that ``generate`` samples from, fitted when the rest has been trained.
+
+    Args:
+        width: of its Transformer, a multiple of 32.
+        layers: Transformer blocks; with none the prior is the Gaussian of the latents' means and variances.
+        steps: optimizer steps of the fit.
+        batch_size: latents of a step.
+        rate: highest learning rate.
+    """
+
+    width: int = 128
+    layers: int = 3
+    steps: int = 800
+    batch_size: int = 256
+    rate: float = 2e-3
+
+
+@dataclass(frozen=True)
+class HealthConfig:
+    """What is watched while training; none of it changes a weight.
+
+    Args:
+        on: audits in the first steps, instruments and trials at each look, a verdict as the run goes on.
+        probe: held-out items that instruments read, the same ones each time; twice the latent's dimensions at least.
+        profile: limits of the rules: ``default``, ``documents``, or a YAML file.
+        stop: ends the run at the first failing finding, with exit code 1.
+    """
+
+    on: bool = True
+    probe: int = 512
+    profile: str = "default"
+    stop: bool = False
+
+
+@dataclass(frozen=True)
+class Config:
+    """What every system has.
+
+    Args:
+        system: which system is trained.
+        seed: decides data, order, initial weights and noise.
+        name: of the run folder; empty for the recipe's name.
+        runs: folder that holds the run folders.
+    """
+
+    system: str
+    seed: int = 0
+    name: str = ""
+    runs: str = "runs"
+    data: DataConfig = field(default_factory=DataConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    health: HealthConfig = field(default_factory=HealthConfig)
+
+
+@dataclass(frozen=True)
+class MultimodalConfig(Config):
+    """One latent, an image and a caption."""
+
+    model: MultimodalModelConfig = field(default_factory=MultimodalModelConfig)
+    loss: MultimodalLossConfig = field(default_factory=MultimodalLossConfig)
+    prior: PriorConfig = field(default_factory=PriorConfig)
+
+
+SYSTEMS: Mapping[str, type[Config]] = {"multimodal": MultimodalConfig}

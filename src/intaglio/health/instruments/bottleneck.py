@@ -1,0 +1,99 @@
+"""KL bottlenecks: how many nats a latent holds, where, what is charged for, and what that says of the input.
+
+Shapes: N items, d dimensions of q(z|x) = N(mean, exp(log_variance)), G groups of them. Nats. Computed in float64.
+"""
+
+import math
+
+import torch
+from torch import Tensor
+
+from intaglio.health.instruments.measured import vectors
+from intaglio.history import Measured, NotMeasured, Reading
+
+
+def kl_per_dimension(mean: Tensor, log_variance: Tensor) -> Tensor:
+    """KL(q(z|x) || N(0, 1)) of each dimension, mean over items: (d,) (Kingma & Welling 2014, appendix B)."""
+    m, v = mean.detach().double().flatten(1), log_variance.detach().double().flatten(1)
+    return (0.5 * (m.square() + v.exp() - 1 - v)).mean(0)
+
+
+def _checked(mean: Tensor, log_variance: Tensor) -> tuple[Tensor, Tensor] | NotMeasured:
+    m, v = vectors(mean, least=1, what="means"), vectors(log_variance, least=1, what="log-variances")
+    if isinstance(m, NotMeasured):
+        return m
+    return v if isinstance(v, NotMeasured) else (m, v)
+
+
+def kl_nats(mean: Tensor, log_variance: Tensor) -> Measured:
+    """KL(q(z|x) || N(0, I)) per item, raw, all dimensions; null 0, of a posterior that is the prior."""
+    pair = _checked(mean, log_variance)
+    if isinstance(pair, NotMeasured):
+        return pair
+    return Reading(float(kl_per_dimension(*pair).sum()), 0.0, len(mean))
+
+
+def kl_charged(mean: Tensor, log_variance: Tensor, floor: float, groups: int) -> Measured:
+    """Σ over groups of max(floor, the group's KL, mean over items) (Kingma et al. 2016, eq. 15); null G · floor.
+
+    Raises:
+        ValueError: the dimensions do not fall into that many groups.
+    """
+    pair = _checked(mean, log_variance)
+    if isinstance(pair, NotMeasured):
+        return pair
+    return Reading(float(_by_group(*pair, groups).clamp_min(floor).sum()), groups * floor, len(mean))
+
+
+def groups_above_floor(mean: Tensor, log_variance: Tensor, floor: float, groups: int) -> Measured:
+    """The share of groups whose KL exceeds the floor, so that the term has a gradient for them; null 0."""
+    pair = _checked(mean, log_variance)
+    if isinstance(pair, NotMeasured):
+        return pair
+    return Reading(float((_by_group(*pair, groups) > floor).double().mean()), 0.0, len(mean))
+
+
+def _by_group(mean: Tensor, log_variance: Tensor, groups: int) -> Tensor:
+    each = kl_per_dimension(mean, log_variance)
+    if len(each) % groups:
+        raise ValueError(f"{len(each)} dimensions do not fall into {groups} groups of one size.")
+    return each.view(groups, -1).sum(1)
+
+
+def aggregate_nats(mean: Tensor, log_variance: Tensor) -> Measured:
+    """KL(N(m, diag s²) || N(0, I)) of the aggregate posterior's mean and variances, in all: where samples go missing.
+
+    By moments, dimension by dimension: a lower bound that ignores correlations and shapes, but is right at any N. Null:
+    of N draws from N(0, I), whose sample moments are off by d · 3/(4N).
+    """
+    pair = _checked(mean, log_variance)
+    if isinstance(pair, NotMeasured):
+        return pair
+    m, v = pair
+    n, d = m.shape
+    if n < 2:
+        return NotMeasured("N too small: one item has no spread")
+    centre, variance = m.mean(0), m.var(0) + v.exp().mean(0)
+    return Reading(float(0.5 * (centre.square() + variance - 1 - variance.log()).sum()), 0.75 * d / n, n)
+
+
+def mutual_information(mean: Tensor, log_variance: Tensor) -> Measured:
+    """I(x; z) ≥ E log q(z|x) − log mean over items of q(z|xⱼ), one draw of z each, itself among the N; at most ln N.
+
+    The minibatch bound of Poole et al. 2019, eq. 10 (InfoNCE with the true density ratio). Null 0; a value within 1 nat
+    of ln N says only that there is more.
+    """
+    pair = _checked(mean, log_variance)
+    if isinstance(pair, NotMeasured):
+        return pair
+    m, v = pair
+    n = len(m)
+    if n < 2:
+        return NotMeasured("N too small: it takes two items to tell apart")
+    noise = torch.randn(m.shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64).to(m.device)
+    z = m + noise * (0.5 * v).exp()
+    own = -0.5 * (noise.square() + v).sum(1)
+    precision = (-v).exp()
+    squares = z.square() @ precision.T - 2 * z @ (m * precision).T + (m.square() * precision).sum(1)
+    others = -0.5 * (squares + v.sum(1))
+    return Reading(float((own - others.logsumexp(1) + math.log(n)).mean()), 0.0, n)

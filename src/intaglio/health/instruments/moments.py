@@ -1,0 +1,94 @@
+"""Where latents lie and what moves them: mean, spread, norm, asymmetry, variance between and within items.
+
+Shapes: N items, d dimensions. Computed in float64.
+"""
+
+from torch import Tensor
+
+from intaglio.health.instruments.measured import vectors
+from intaglio.history import Measured, NotMeasured, Reading
+
+
+def norm(latents: Tensor) -> Measured:
+    """Mean ‖z‖; null √d · (1 − 1/4d), that of N(0, I)."""
+    x = vectors(latents, least=1)
+    if isinstance(x, NotMeasured):
+        return x
+    d = x.shape[1]
+    return Reading(float(x.norm(dim=1).mean()), d**0.5 * (1 - 1 / (4 * d)), len(x))
+
+
+def std(latents: Tensor) -> Measured:
+    """Root of the mean variance of a dimension; null 1, that of N(0, I)."""
+    x = vectors(latents)
+    return x if isinstance(x, NotMeasured) else Reading(float(x.var(0).mean().sqrt()), 1.0, len(x))
+
+
+def mean_shift(latents: Tensor) -> Measured:
+    """Root mean square of the dimensions' means, in standard deviations; null 1/√N, of a mean that is 0."""
+    x = vectors(latents)
+    if isinstance(x, NotMeasured):
+        return x
+    spread = x.var(0).mean().sqrt()
+    if spread == 0:
+        return NotMeasured("all vectors are the same, so there is no deviation to count in")
+    return Reading(float(x.mean(0).square().mean().sqrt() / spread), len(x) ** -0.5, len(x))
+
+
+def asymmetry(latents: Tensor) -> Measured:
+    """Root mean square of the dimensions' skewness; null √(6/N), of a symmetric Gaussian (Fisher 1930)."""
+    x = vectors(latents, least=8)
+    if isinstance(x, NotMeasured):
+        return x
+    deviation = x.std(0, correction=0)
+    live = deviation > 1e-9 * x.abs().amax(0).clamp_min(1e-300)
+    if not bool(live.any()):
+        return NotMeasured("all vectors are the same, so they have no shape")
+    z = (x[:, live] - x[:, live].mean(0)) / deviation[live]
+    return Reading(float(z.pow(3).mean(0).square().mean().sqrt()), (6 / len(x)) ** 0.5, len(x))
+
+
+def varying_share(latents: Tensor) -> Measured:
+    """tr Cov(z) / E‖z‖²: the share of the second moment that differs between items; 0 where the input is ignored."""
+    x = vectors(latents)
+    if isinstance(x, NotMeasured):
+        return x
+    whole = x.square().sum(1).mean()
+    if whole == 0:
+        return Reading(0.0, None, len(x))
+    return Reading(float((x - x.mean(0)).square().sum(1).mean() / whole), None, len(x))
+
+
+def between_share(mean: Tensor, log_variance: Tensor) -> Measured:
+    """Variance of the posterior means over that plus the mean posterior variance; null 0, of a prior that is returned.
+
+    The same split as an analysis of variance with items as groups (Fisher 1925).
+    """
+    x, v = vectors(mean), vectors(log_variance)
+    if isinstance(x, NotMeasured):
+        return x
+    if isinstance(v, NotMeasured):
+        return v
+    between, within = x.var(0).sum(), v.exp().mean(0).sum()
+    return Reading(float(between / (between + within).clamp_min(1e-300)), 0.0, len(x))
+
+
+def active_units(mean: Tensor, least: float = 0.01) -> Measured:
+    """Dimensions whose posterior mean has a variance above ``least`` (Burda et al. 2016, eq. 16); null 0."""
+    x = vectors(mean)
+    return x if isinstance(x, NotMeasured) else Reading(float((x.var(0) > least).sum()), 0.0, len(x))
+
+
+def bias_share(latents: Tensor, bias: Tensor) -> Measured:
+    """The share of the latents' second moment that one constant vector, as a layer's bias, accounts for; null 0.
+
+    1 − E‖z − b‖² / E‖z‖²: 1 where every latent is the bias, at most 0 where it has nothing to do with them.
+    """
+    x = vectors(latents)
+    if isinstance(x, NotMeasured):
+        return x
+    whole = float(x.square().sum(1).mean())
+    if whole == 0:
+        return NotMeasured("all latents are 0")
+    rest = (x - bias.detach().to(x).flatten()).square().sum(1).mean()
+    return Reading(float(1 - rest / whole), 0.0, len(x))

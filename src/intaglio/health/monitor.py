@@ -1,0 +1,314 @@
+"""A monitor for anybody's training loop: readings, audits and a verdict, from outside.
+
+    monitor = Monitor(model, optimizer, folder="runs/mine", taps={"latent": "encoder"}, probe=held_out_images)
+    for batch in loader:
+        loss = ...
+        optimizer.zero_grad(); loss.backward()
+        monitor.step({"reconstruction": rec, "kl": (kl, 0.1)}, batch=batch)   # between backward and the update
+        optimizer.step()
+    monitor.close()
+
+It draws from no global generator, keeps no gradient, and changes no weight, buffer or mode: the run is bit-identical to
+one without it. ``intaglio diagnose runs/mine`` reads what it wrote.
+"""
+
+import difflib
+import json
+import math
+import uuid
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from intaglio.health import audits, panel
+from intaglio.health.diagnosis import Diagnosis, diagnose, load_profile, record_of, write_findings
+from intaglio.health.finding import Finding
+from intaglio.history import HistoryWriter, Measured, Reading
+from intaglio.history.run_folder import RunFolder, write_atomically
+
+Loss = Tensor | float | tuple[Tensor | float, float]
+"""A term, or a term with the weight that multiplied it."""
+
+AUDITED = 3
+"""Steps in which gradients are watched before a tensor without one is called dead."""
+
+
+class Stopped(RuntimeError):
+    """Training must not go on; the message says why, and ``finding`` what was seen."""
+
+    def __init__(self, finding: Finding, where: Path | None = None):
+        super().__init__(finding.message + (f" The batch is in {where}." if where else ""))
+        self.finding = finding
+
+
+class Monitor:
+    """Watches a training.
+
+    Args:
+        model: what is trained.
+        optimizer: what holds its parameters; audits of groups and rates are not measured without.
+        folder: gets ``run.json``, ``metrics.jsonl``, ``audits.json`` and ``findings.json``; must be new or empty.
+        taps: by site name, the path of a module whose output is a latent, as ``{"latent": "encoder.out"}``.
+        probe: a fixed held-out batch that ``forward`` runs the model on.
+        forward: how, given model and probe; by default ``model(probe)``.
+        read: instruments and trials of your own on model and probe, as ``{"val/codes": {"perplexity": reading}}``.
+        every: steps between looks at the probe.
+        log_every: steps between rows of losses.
+        steps: how long the run is meant to be, where that is known.
+        profile: limits of the rules: ``default``, ``documents``, or a YAML file.
+        nulls: by name, as ``val/loss/total``, what a quantity is where nothing has been learnt.
+        on_finding: called with each new finding.
+        stop: raises ``Stopped`` at the first failing finding.
+
+    Raises:
+        ValueError: a tap that the model does not have, with the nearest; a folder that holds a run.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer | None = None,
+        *,
+        folder: str | Path,
+        taps: Mapping[str, str] | None = None,
+        probe: Any = None,
+        forward: Callable[[nn.Module, Any], Any] | None = None,
+        read: Callable[[nn.Module, Any], Mapping[str, Mapping[str, Measured]]] | None = None,
+        every: int = 100,
+        log_every: int = 10,
+        steps: int | None = None,
+        profile: str | Path = "default",
+        nulls: Mapping[str, float] | None = None,
+        on_finding: Callable[[Finding], None] | None = None,
+        stop: bool = False,
+    ):
+        self.model, self.optimizer, self.probe = model, optimizer, probe
+        self.forward, self.read = forward or (lambda m, batch: m(batch)), read
+        self.every, self.log_every, self.steps, self.stop = every, log_every, steps, stop
+        self.nulls, self.on_finding = dict(nulls or {}), on_finding
+        self.profile = load_profile(profile)
+        self.taps = {site: _module(model, path) for site, path in (taps or {}).items()}
+        self.folder = _new_folder(Path(folder), steps)
+        self.history = HistoryWriter(self.folder.metrics)
+        self.count = 0
+        self.silence = audits.Silence()
+        self.facts: dict[str, Any] = audits.parameters(model)
+        self.missing: dict[str, str] = {}
+        self._before = audits.fingerprints(model)
+        self._told: set[tuple[str, str]] = set()
+        if optimizer is not None:
+            self.facts["not_in_optimizer"] = audits.not_in_optimizer(model, optimizer)
+
+    def step(self, losses: Loss | Mapping[str, Loss], batch: Any = None) -> None:
+        """Between ``backward()`` and the update. ``losses`` is the total, or its terms with their weights, or both.
+
+        Raises:
+            Stopped: loss or gradient is not finite, so the update is not made and ``batch`` is kept in the folder; or
+                a rule fails and ``stop`` was asked for.
+        """
+        self.count += 1
+        pairs = _weighed(losses)
+        gradient = nn.utils.get_total_norm([p.grad for p in self.model.parameters() if p.grad is not None])
+        *numbers, norm = _numbers([*(value for value, _ in pairs.values()), gradient])
+        values = dict(zip(pairs, numbers, strict=True))
+        total = values.pop("total") if "total" in values else sum(pairs[name][1] * v for name, v in values.items())
+        self._refuse_non_finite(total, norm, batch)
+        self._audit()
+        if self.count % self.log_every == 0 or self.count == 1:
+            rows = {f"train/loss/{name}": value for name, value in values.items()}
+            rows |= {f"train/weight/{name}": pairs[name][1] for name in values}
+            rows |= {"train/loss/total": total, "train/optimizer/gradient_norm": norm}
+            if self.optimizer is not None:
+                rows["train/optimizer/rate"] = float(self.optimizer.param_groups[0]["lr"])
+            self._write(rows)
+        if self._due(self.count):
+            self.look()
+
+    def before_backward(self, losses: Mapping[str, Loss]) -> None:
+        """Before ``backward()``, if you like: at each look, norm, share and cosine of each term's gradient."""
+        if not self._due(self.count + 1):
+            return
+        weighted = {name: weight * value for name, (value, weight) in _weighed(losses).items() if weight}
+        found = panel.Panel({}, {})
+        graphs = {name: value for name, value in weighted.items() if isinstance(value, Tensor)}
+        for name, measured in panel.terms(graphs, self.model).items():
+            found.add(f"train/term.{name}", measured)
+        self._write(found.readings, self.count + 1)
+
+    def look(self) -> Diagnosis:
+        """Reads the probe at every tap, and judges; called by ``step``, and whenever you like."""
+        found = panel.Panel({}, {})
+        if self.taps and self.probe is not None:
+            for site, output in self._tapped().items():
+                try:
+                    found.add(f"val/{site}", panel.latents(output))
+                except ValueError as error:
+                    found.missing[f"val/{site}"] = str(error)
+        if self.read:
+            with audits.undisturbed(self.model), torch.no_grad():
+                for site, measured in self.read(self.model, self.probe).items():
+                    found.add(site, measured)
+        self.missing = found.missing
+        self._write(found.readings)
+        return self.judge()
+
+    def validated(self, losses: Mapping[str, float | Reading]) -> None:
+        """Held-out numbers, by term or by full name, at the present step."""
+        self._write({name if name.count("/") == 2 else f"val/loss/{name}": value for name, value in losses.items()})
+
+    @contextmanager
+    def validation(self) -> Iterator[None]:
+        """Around a look at held-out items: finds what it changes."""
+        training = [name for name, m in self.model.named_modules() if m.training and any(True for _ in m.buffers())]
+        self.facts["training_in_validation"] = []
+        with audits.around_validation(self.model, self.facts):
+            yield
+            still = [name for name, m in self.model.named_modules() if m.training and name in training]
+        self.facts["training_in_validation"] = still if self.facts["changed_by_validation"] else []
+        self._write_facts()
+
+    def judge(self) -> Diagnosis:
+        """The verdict on what is known; writes ``findings.json``, tells what is new, and stops if asked to."""
+        self.history.flush()
+        diagnosis = diagnose(record_of(self.folder), self.profile, not_measured=self.missing)
+        write_findings(self.folder, diagnosis)
+        for finding in diagnosis.findings:
+            if (finding.rule, finding.severity) not in self._told:
+                self._told.add((finding.rule, finding.severity))
+                if self.on_finding:
+                    self.on_finding(finding)
+                if self.stop and finding.severity == "fail":
+                    self.folder.update(status="stopped", stopped_by=finding.rule)
+                    raise Stopped(finding)
+        return diagnosis
+
+    def close(self) -> Diagnosis:
+        """The last verdict; closes the history."""
+        self._write_facts()
+        diagnosis = self.judge()
+        self.history.close()
+        self.folder.update(status="finished", step=self.count)
+        return diagnosis
+
+    def __enter__(self) -> "Monitor":
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        if kind is None:
+            self.close()
+        else:
+            self.history.close()
+
+    def _due(self, step: int) -> bool:
+        return step % self.every == 0 or step == AUDITED + 1
+
+    def _refuse_non_finite(self, total: float, norm: float, batch: Any) -> None:
+        if math.isfinite(total) and math.isfinite(norm):
+            return
+        where = None
+        if batch is not None:
+            where = self.folder.path / f"non-finite-step-{self.count}.pt"
+            torch.save(batch, where)
+        message = f"Step {self.count}: loss {total:.4g}, gradient norm {norm:.4g}. The update was not made."
+        self._write({"train/loss/total": total, "train/optimizer/gradient_norm": norm})
+        self.history.flush()
+        self.folder.update(status="stopped", stopped_by="non-finite")
+        diagnosis = diagnose(record_of(self.folder), self.profile, not_measured=self.missing)
+        write_findings(self.folder, diagnosis)
+        raise Stopped(Finding("non-finite", "fail", message, {"step": self.count}, step=self.count), where)
+
+    def _audit(self) -> None:
+        if self.count <= AUDITED:
+            self.silence.look(self.model)
+        elif self.count == AUDITED + 1:
+            self.facts["dead_parameters"] = self.silence.by_module()
+            if self.optimizer is not None:
+                still = audits.unmoved(self.model, self._before, self.optimizer)
+                self.facts["unmoved"] = [name for name in still if name not in (self.silence.silent or ())]
+            self._before = {}
+            self._write_facts()
+
+    def _tapped(self) -> dict[str, Tensor]:
+        """The output of each tapped module on the probe, in eval mode; several calls are put one after another."""
+        seen: dict[str, list[Tensor]] = {site: [] for site in self.taps}
+
+        def keep(site: str) -> Callable[[nn.Module, Any, Any], None]:
+            def hook(module: nn.Module, given: Any, output: Any) -> None:
+                first = output if isinstance(output, Tensor) else next(iter(_tensors(output)), None)
+                if first is not None:
+                    seen[site].append(first.detach().flatten(1).clone())
+
+            return hook
+
+        hooks = [module.register_forward_hook(keep(site)) for site, module in self.taps.items()]
+        try:
+            with audits.undisturbed(self.model), torch.no_grad():
+                self.forward(self.model, self.probe)
+        finally:
+            for hook in hooks:
+                hook.remove()
+        for site, outputs in seen.items():
+            if not outputs:
+                self.missing[f"val/{site}"] = "the module was not called on the probe"
+        return {site: torch.cat(outputs) for site, outputs in seen.items() if outputs}
+
+    def _write(self, rows: Mapping[str, float | Reading], step: int | None = None) -> None:
+        readings = {n: v if isinstance(v, Reading) else Reading(v, self.nulls.get(n)) for n, v in rows.items()}
+        self.history.write(self.count if step is None else step, 0.0, readings)
+
+    def _write_facts(self) -> None:
+        text = json.dumps(self.facts, indent=2, ensure_ascii=False, allow_nan=False)
+        write_atomically(self.folder.path / "audits.json", text + "\n")
+
+
+def _weighed(losses: Loss | Mapping[str, Loss]) -> dict[str, tuple[Tensor | float, float]]:
+    """Terms with their weights; a lone loss is the term ``total``."""
+    if not isinstance(losses, Mapping):
+        losses = {"total": losses}
+    return {name: loss if isinstance(loss, tuple) else (loss, 1.0) for name, loss in losses.items()}
+
+
+def _numbers(values: Sequence[Tensor | float]) -> list[float]:
+    """All of them in one synchronisation with the device, which must come before the update it may prevent."""
+    tensors = [v.detach().float().reshape(()) for v in values if isinstance(v, Tensor)]
+    known = iter(torch.stack([t.to(tensors[-1].device) for t in tensors]).tolist() if tensors else [])
+    return [next(known) if isinstance(v, Tensor) else float(v) for v in values]
+
+
+def _tensors(output: Any) -> Iterator[Tensor]:
+    """Tensors in what a module returned, in order."""
+    if isinstance(output, Tensor):
+        yield output
+    elif isinstance(output, Mapping):
+        for part in output.values():
+            yield from _tensors(part)
+    elif isinstance(output, tuple | list):
+        for part in output:
+            yield from _tensors(part)
+
+
+def _module(model: nn.Module, path: str) -> nn.Module:
+    modules = dict(model.named_modules())
+    if path not in modules:
+        near = difflib.get_close_matches(path, modules, 3, 0.3) or [name for name in modules if name][:5]
+        raise ValueError(f"The model has no module {path!r} to tap; nearest: {', '.join(near)}.")
+    return modules[path]
+
+
+def _new_folder(path: Path, steps: int | None) -> RunFolder:
+    if (path / "run.json").is_file():
+        raise ValueError(f"{path} holds a run already; give the monitor a folder of its own.")
+    path.mkdir(parents=True, exist_ok=True)
+    folder = RunFolder(path)
+    started = datetime.now(UTC).isoformat(timespec="seconds")
+    versions = {"torch": torch.__version__}
+    folder.update(
+        id=uuid.uuid4().hex[:12], name=path.name, system=None, started=started, status="running", steps=steps,
+        versions=versions, notices=[],
+    )  # fmt: skip
+    return folder

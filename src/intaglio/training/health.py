@@ -1,0 +1,124 @@
+"""Health inside our trainer: audits in the first steps, a panel and trials at each look, a verdict on what is known.
+
+Nothing here draws from the global generator, keeps a gradient, or changes a weight, a buffer or a mode: weights after N
+steps are bit-identical with it and without.
+"""
+
+import json
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from typing import Any
+
+import torch
+
+from intaglio.config import Config
+from intaglio.health import audits
+from intaglio.health.diagnosis import Diagnosis, diagnose, load_profile, record_of, write_findings
+from intaglio.health.finding import Finding
+from intaglio.health.panel import Panel
+from intaglio.health.panel import terms as terms_panel
+from intaglio.history import Reading
+from intaglio.history.run_folder import RunFolder, write_atomically
+from intaglio.objectives.distributed import alone
+from intaglio.systems.base import System
+from intaglio.training.ema import EMA
+
+AUDITED = 3
+"""Optimizer steps in which gradients are watched before a tensor without one is called dead."""
+
+EARLY = (0.01, 0.03)
+"""Shares of the run at which health looks besides the looks at held-out items: most faults are there from the start."""
+
+
+class Health:
+    """Watches one run of our trainer; ``probe`` gives the fixed held-out batch, ``say`` tells a person."""
+
+    def __init__(
+        self, config: Config, folder: RunFolder, probe: Callable[[], Any], bf16: bool, say: Callable[[str], None]
+    ):
+        self.config, self.folder, self.probe, self.bf16, self.say = config, folder, probe, bf16, say
+        self.profile = load_profile(config.health.profile)
+        steps = config.train.steps or 0
+        self.early = {max(AUDITED + 1, int(share * steps)) for share in EARLY}
+        self.silence = audits.Silence()
+        self.facts: dict[str, Any] = {}
+        self.missing: dict[str, str] = {}
+        self.before: dict[str, str] = {}
+        self.told: set[tuple[str, str]] = set()
+        self.first = 0
+
+    def start(self, system: System, optimizer: torch.optim.Optimizer, step: int) -> None:
+        """Audits at load: counts, tied tensors, what the optimizer holds, ranges."""
+        self.first = step
+        self.before = audits.fingerprints(system)
+        self.facts = audits.parameters(system) | {
+            "not_in_optimizer": audits.not_in_optimizer(system, optimizer),
+            "ranges": system.ranges(self.probe()),
+        }
+
+    def before_update(self, system: System) -> None:
+        """After a backward pass, before clipping: whether each tensor has a gradient."""
+        self.silence.look(system)
+
+    def after_update(self, system: System, optimizer: torch.optim.Optimizer, step: int) -> None:
+        """Closes the audits of the first steps."""
+        if step - self.first == AUDITED:
+            self.facts["dead_parameters"] = self.silence.by_module()
+            still = audits.unmoved(system, self.before, optimizer)
+            self.facts["unmoved"] = [name for name in still if name not in (self.silence.silent or ())]
+            self.before = {}
+            self._write()
+
+    def auditing(self, step: int) -> bool:
+        """Whether gradients of the step after ``step`` are watched."""
+        return step - self.first < AUDITED
+
+    @contextmanager
+    def validation(self, system: System) -> Iterator[None]:
+        """Around the first look at held-out items: what it changes."""
+        if "changed_by_validation" in self.facts:
+            yield
+            return
+        with audits.around_validation(system, self.facts):
+            yield
+        self._write()
+
+    def look(self, system: System, ema: EMA | None) -> dict[str, Reading]:
+        """Every reading of the probe batch, with averaged weights; gradients of each term with live ones."""
+        panel = Panel({}, {})
+        batch = system.transfer_batch_to_device(self.probe(), system.device, 0)
+        with audits.undisturbed(system), alone():
+            with ema.applied(system) if ema else nullcontext(), torch.no_grad():
+                for site, measured in system.read(batch).items():
+                    panel.add(site, measured)
+            self._gradients(system, batch, panel)
+        self.missing = panel.missing
+        return panel.readings
+
+    def _gradients(self, system: System, batch: Any, panel: Panel) -> None:
+        """Norm, share and cosine of each term's gradient, weights applied, on a few items of the probe."""
+        few = type(batch)(*(x[:16] for x in batch))
+        with torch.enable_grad(), torch.autocast(system.device.type, torch.bfloat16, enabled=self.bf16):
+            terms = system.loss_terms(few)
+        weighted = {name: t.weight * t.value.float() for name, t in terms.items() if t.weight}
+        for name, measured in terms_panel(weighted, system).items():
+            panel.add(f"train/term.{name}", measured)
+
+    def judge(self) -> Diagnosis:
+        """The verdict on the run so far; writes ``findings.json`` and says what is new."""
+        diagnosis = diagnose(record_of(self.folder), self.profile, not_measured=self.missing)
+        write_findings(self.folder, diagnosis)
+        for finding in diagnosis.findings:
+            if finding.severity != "note" and (finding.rule, finding.severity) not in self.told:
+                self.told.add((finding.rule, finding.severity))
+                self.say(_told(finding))
+        return diagnosis
+
+    def _write(self) -> None:
+        text = json.dumps(self.facts, indent=2, ensure_ascii=False, allow_nan=False)
+        write_atomically(self.folder.path / "audits.json", text + "\n")
+
+
+def _told(finding: Finding) -> str:
+    remedy = f"; try: {finding.remedies[0]}" if finding.remedies else ""
+    return f"{finding.severity}: {finding.message} [{finding.rule}]{remedy}"
