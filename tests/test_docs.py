@@ -72,6 +72,21 @@ def test_command_of_the_docs_works(
         json.loads(out)
 
 
+PYTHON = [page for page in PAGES if "```python" in page.read_text(encoding="utf-8")]
+
+
+@pytest.mark.filterwarnings("ignore:enable_nested_tensor is True")
+@pytest.mark.parametrize("page", PYTHON, ids=lambda page: page.stem)
+def test_python_of_the_docs_works(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    blocks = re.findall(r"```python\n(.*?)```", page.read_text(encoding="utf-8"), re.DOTALL)
+    exec(compile("\n\n".join(blocks), page.name, "exec"), {"__name__": "page"})
+    folders = [folder for folder in (tmp_path / "runs").iterdir() if (folder / "run.json").is_file()]
+    for folder in folders:
+        failing = json.loads((folder / "findings.json").read_text())["verdict"] == "failing"
+        assert main(["diagnose", str(folder)]) == int(failing)
+
+
 def test_generated_images_are_an_image_folder_that_is_captioned(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(place)
     assert main(["generate", "RUN", "--n", "3", "--out", "three"]) == 0

@@ -279,7 +279,7 @@ def test_the_summary_shows_each_number_with_its_null_then_the_findings():
     assert "odd/new" in lines[3]
     assert "unknown" in lines[3]
     assert lines[-4:] == [
-        "WARNINGS: 1 rules passed, 0 quantities were not measured.",
+        "WARNINGS: 2 rules looked, 1 of them found nothing; 0 could not look.",
         "warning: It memorises. [overfitting]",
         "  or: luck",
         "  try 1: give more images (give it 500 steps)",

@@ -34,7 +34,11 @@ class Diagnosis:
     not_measured: tuple[Mapping[str, str], ...]
 
     def as_dict(self) -> dict[str, Any]:
-        """Plain dicts and lists: ``verdict``, ``findings[]``, ``passed[]``, ``not_measured[]`` (rule, reason)."""
+        """Plain dicts and lists: ``verdict``, ``findings[]``, ``passed[]``, ``not_measured[]``.
+
+        A gap has ``rule``, ``family``, ``reason``, and ``log`` where it had nothing to read; or ``quantity``,
+        ``reason``.
+        """
         return asdict(self)
 
 
@@ -46,7 +50,7 @@ def diagnose(
 ) -> Diagnosis:
     """Judges a record by all rules, or those given. ``not_measured`` are quantities that are known to be missing."""
     rules = all_rules() if rules is None else rules
-    judged = apply(rules, record, profile)
+    judged = apply(rules, record, profile, not_measured)
     severities = {f.severity for f in judged.findings}
     blind = {r.id for r in rules if r.id in ESSENTIAL} - set(judged.passed)
     if "fail" in severities:
@@ -55,7 +59,13 @@ def diagnose(
         verdict = "cannot tell"
     else:
         verdict = "warnings" if "warning" in severities else "healthy"
-    reasons = [{"rule": name, "reason": why} for name, why in judged.not_measured.items()]
+    logs = {r.id: (r.family, r.log) for r in rules}
+    reasons: list[Mapping[str, str]] = []
+    for name, why in judged.not_measured.items():
+        family, log = logs[name]
+        reasons.append(
+            {"rule": name, "family": family, "reason": why} | ({"log": log} if name in judged.unread else {})
+        )
     reasons += [{"quantity": name, "reason": why} for name, why in (not_measured or {}).items()]
     return Diagnosis(verdict, judged.findings, judged.passed, tuple(reasons))
 

@@ -2,56 +2,29 @@
 
     Trainer(callbacks=[MonitorCallback("runs/mine", taps={"latent": "encoder"}, probe=held_out_images)])
 
-Losses are what ``training_step`` returns and logs; held-out numbers what validation logs.
+Losses are what ``training_step`` returns; held-out numbers are what validation logs.
 """
 
-from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import lightning as L
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from intaglio.health.diagnosis import Diagnosis
-from intaglio.health.finding import Finding
-from intaglio.health.monitor import Monitor
-from intaglio.history import Measured
+from intaglio.health.monitor import Monitor, options
 
 
 class MonitorCallback(L.Callback):
-    """Watches a ``Trainer.fit``; arguments as of ``Monitor``. ``diagnosis`` is the verdict when training has ended.
+    """Watches a ``Trainer.fit``; ``more`` are arguments of ``Monitor``. ``diagnosis`` is the verdict at its end.
 
-    Works with automatic optimization and one optimizer; of several the first is watched. On several processes the first
-    one watches.
+    Works with automatic optimization; of several optimizers the first is watched, and on several processes the first
+    process watches.
     """
 
-    def __init__(
-        self,
-        folder: str | Path,
-        taps: Mapping[str, str] | None = None,
-        probe: Any = None,
-        forward: Callable[[nn.Module, Any], Any] | None = None,
-        read: Callable[[nn.Module, Any], Mapping[str, Mapping[str, Measured]]] | None = None,
-        every: int = 100,
-        log_every: int = 10,
-        profile: str | Path = "default",
-        nulls: Mapping[str, float] | None = None,
-        on_finding: Callable[[Finding], None] | None = None,
-        stop: bool = False,
-    ):
-        self.folder, self.probe = folder, probe
-        self.options: dict[str, Any] = {
-            "taps": taps,
-            "forward": forward,
-            "read": read,
-            "every": every,
-            "log_every": log_every,
-            "profile": profile,
-            "nulls": nulls,
-            "on_finding": on_finding,
-            "stop": stop,
-        }
+    def __init__(self, folder: str | Path, probe: Any = None, **more: Any):
+        self.probe, self.options = probe, options(folder=folder, **more)
         self.monitor: Monitor | None = None
         self.diagnosis: Diagnosis | None = None
         self._loss: Tensor | float = float("nan")
@@ -66,9 +39,10 @@ class MonitorCallback(L.Callback):
         self.monitor = Monitor(
             pl_module,
             trainer.optimizers[0],
-            folder=self.folder,
             probe=probe,
             steps=int(steps) if steps not in (-1, float("inf")) else None,
+            start=trainer.global_step,
+            scaled=trainer.precision == "16-mixed",
             **self.options,
         )
 
@@ -87,23 +61,17 @@ class MonitorCallback(L.Callback):
             self.monitor.step(self._loss, self._batch)
 
     def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        if self.monitor and self.monitor.count:
+        if self.monitor:
             self._validation = self.monitor.validation()
             self._validation.__enter__()
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        if self._validation is None or self.monitor is None:
-            return
-        self._validation.__exit__(None, None, None)
-        self._validation = None
-        held_out = {n: float(v) for n, v in trainer.callback_metrics.items() if "val" in n.lower()}
-        self.monitor.validated({"total" if "loss" in n else _plain(n): v for n, v in held_out.items()})
+        if self.monitor and self._validation:
+            self._validation.__exit__(None, None, None)
+            self._validation = None
+            logged = {name: float(v) for name, v in trainer.callback_metrics.items() if "val" in name.lower()}
+            self.monitor.validated(logged)
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         if self.monitor:
             self.diagnosis = self.monitor.close()
-
-
-def _plain(name: str) -> str:
-    """A logged name as ``val/<site>/<quantity>``: ``val_acc`` is ``val/logged/val_acc``."""
-    return "val/logged/" + "".join(c if c.isalnum() or c in "_.-" else "_" for c in name)

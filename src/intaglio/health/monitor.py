@@ -13,10 +13,11 @@ one without it. ``intaglio diagnose runs/mine`` reads what it wrote.
 """
 
 import difflib
+import inspect
 import json
 import math
 import uuid
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
@@ -53,8 +54,9 @@ class Monitor:
         model: what is trained.
         optimizer: what holds its parameters; audits of groups and rates are not measured without.
         folder: gets ``run.json``, ``metrics.jsonl``, ``audits.json`` and ``findings.json``; must be new or empty.
-        taps: by site name, the path of a module whose output is a latent, as ``{"latent": "encoder.out"}``.
-        probe: a fixed held-out batch that ``forward`` runs the model on.
+        taps: by site name, the path of a module whose output is a latent, as ``{"latent": "encoder.out"}``; of a
+            sequence (N, T, d) the mean over T is taken, of a map (N, d, H, W) all of it.
+        probe: a fixed held-out batch, on the model's device, that ``forward`` runs the model on.
         forward: how, given model and probe; by default ``model(probe)``.
         read: instruments and trials of your own on model and probe, as ``{"val/codes": {"perplexity": reading}}``.
         every: steps between looks at the probe.
@@ -64,9 +66,12 @@ class Monitor:
         nulls: by name, as ``val/loss/total``, what a quantity is where nothing has been learnt.
         on_finding: called with each new finding.
         stop: raises ``Stopped`` at the first failing finding.
+        start: optimizer steps made before, where training goes on from a checkpoint.
+        scaled: a ``GradScaler`` skips steps whose gradient is not finite, so that only losses are refused here.
 
     Raises:
-        ValueError: a tap that the model does not have, with the nearest; a folder that holds a run.
+        ValueError: a tap that the model does not have, with the nearest; a model that cannot be called on the probe; a
+            folder that holds a run.
     """
 
     def __init__(
@@ -86,43 +91,52 @@ class Monitor:
         nulls: Mapping[str, float] | None = None,
         on_finding: Callable[[Finding], None] | None = None,
         stop: bool = False,
+        start: int = 0,
+        scaled: bool = False,
     ):
-        self.model, self.optimizer, self.probe = model, optimizer, probe
+        model = _inner(model)
+        self.model, self.optimizer, self.probe, self.scaled = model, optimizer, probe, scaled
         self.forward, self.read = forward or (lambda m, batch: m(batch)), read
         self.every, self.log_every, self.steps, self.stop = every, log_every, steps, stop
         self.nulls, self.on_finding = dict(nulls or {}), on_finding
         self.profile = load_profile(profile)
         self.taps = {site: _module(model, path) for site, path in (taps or {}).items()}
+        self.missing: dict[str, str] = {}
+        self._try_probe()
         self.folder = _new_folder(Path(folder), steps)
         self.history = HistoryWriter(self.folder.metrics)
-        self.count = 0
+        self.count = self.start = start
+        self.terms: Collection[str] = ()
         self.silence = audits.Silence()
         self.facts: dict[str, Any] = audits.parameters(model)
-        self.missing: dict[str, str] = {}
         self._before = audits.fingerprints(model)
         self._told: set[tuple[str, str]] = set()
         if optimizer is not None:
             self.facts["not_in_optimizer"] = audits.not_in_optimizer(model, optimizer)
 
-    def step(self, losses: Loss | Mapping[str, Loss], batch: Any = None) -> None:
+    def step(self, losses: Loss | Mapping[str, Loss], batch: Any = None, clipped: bool = False) -> None:
         """Between ``backward()`` and the update. ``losses`` is the total, or its terms with their weights, or both.
 
+        ``clipped`` gradients are checked, but their norm, which says nothing, is not logged.
+
         Raises:
-            Stopped: loss or gradient is not finite, so the update is not made and ``batch`` is kept in the folder; or
-                a rule fails and ``stop`` was asked for.
+            Stopped: loss or gradient is not finite, so the update is not made, and ``batch`` is kept in the folder with
+                the weights as they are; or a rule fails and ``stop`` was asked for.
         """
         self.count += 1
         pairs = _weighed(losses)
+        self.terms = pairs.keys()
         gradient = nn.utils.get_total_norm([p.grad for p in self.model.parameters() if p.grad is not None])
         *numbers, norm = _numbers([*(value for value, _ in pairs.values()), gradient])
         values = dict(zip(pairs, numbers, strict=True))
-        total = values.pop("total") if "total" in values else sum(pairs[name][1] * v for name, v in values.items())
-        self._refuse_non_finite(total, norm, batch)
+        if "total" not in values and values:
+            values["total"] = sum(pairs[name][1] * v for name, v in values.items())
+        self._refuse_non_finite(values, norm, batch)
         self._audit()
-        if self.count % self.log_every == 0 or self.count == 1:
+        if self.count % self.log_every == 0 or self.count == self.start + 1:
             rows = {f"train/loss/{name}": value for name, value in values.items()}
-            rows |= {f"train/weight/{name}": pairs[name][1] for name in values}
-            rows |= {"train/loss/total": total, "train/optimizer/gradient_norm": norm}
+            rows |= {f"train/weight/{name}": pairs[name][1] for name in values if name != "total"}
+            rows |= {} if clipped else {"train/optimizer/gradient_norm": norm}
             if self.optimizer is not None:
                 rows["train/optimizer/rate"] = float(self.optimizer.param_groups[0]["lr"])
             self._write(rows)
@@ -150,20 +164,30 @@ class Monitor:
                 except ValueError as error:
                     found.missing[f"val/{site}"] = str(error)
         if self.read:
-            with audits.undisturbed(self.model), torch.no_grad():
+            with self._probing():
                 for site, measured in self.read(self.model, self.probe).items():
                     found.add(site, measured)
         self.missing = found.missing
         self._write(found.readings)
         return self.judge()
 
-    def validated(self, losses: Mapping[str, float | Reading]) -> None:
-        """Held-out numbers, by term or by full name, at the present step."""
-        self._write({name if name.count("/") == 2 else f"val/loss/{name}": value for name, value in losses.items()})
+    def log(self, numbers: Mapping[str, float | Reading], split: str = "train") -> None:
+        """Numbers of your own at the present step, by full name (``val/loss/caption``) or, as losses, by their own.
+
+        A term that ``step`` was given, and ``val_loss`` or the like, is a loss; the rest is filed under ``logged``.
+        """
+        self._write({_full(name, split, self.terms): value for name, value in numbers.items()})
+
+    def validated(self, numbers: Mapping[str, float | Reading]) -> None:
+        """``log`` for held-out numbers."""
+        self.log(numbers, "val")
 
     @contextmanager
     def validation(self) -> Iterator[None]:
-        """Around a look at held-out items: finds what it changes."""
+        """Around a look at held-out items: finds what the first one changes."""
+        if "changed_by_validation" in self.facts:
+            yield
+            return
         training = [name for name, m in self.model.named_modules() if m.training and any(True for _ in m.buffers())]
         self.facts["training_in_validation"] = []
         with audits.around_validation(self.model, self.facts):
@@ -205,27 +229,35 @@ class Monitor:
             self.history.close()
 
     def _due(self, step: int) -> bool:
-        return step % self.every == 0 or step == AUDITED + 1
+        return step % self.every == 0 or step == self.start + AUDITED + 1
 
-    def _refuse_non_finite(self, total: float, norm: float, batch: Any) -> None:
-        if math.isfinite(total) and math.isfinite(norm):
+    def _refuse_non_finite(self, losses: Mapping[str, float], norm: float, batch: Any) -> None:
+        if all(map(math.isfinite, losses.values())) and (self.scaled or math.isfinite(norm)):
             return
-        where = None
-        if batch is not None:
-            where = self.folder.path / f"non-finite-step-{self.count}.pt"
-            torch.save(batch, where)
-        message = f"Step {self.count}: loss {total:.4g}, gradient norm {norm:.4g}. The update was not made."
-        self._write({"train/loss/total": total, "train/optimizer/gradient_norm": norm})
+        where = self.folder.path / f"non-finite-step-{self.count}.pt"
+        optimizer = self.optimizer.state_dict() if self.optimizer is not None else None
+        torch.save({"batch": batch, "model": self.model.state_dict(), "optimizer": optimizer}, where)
+        told = ", ".join(f"{name} {value:.4g}" for name, value in {**losses, "gradient norm": norm}.items())
+        finding = Finding(
+            "non-finite",
+            "fail",
+            f"Step {self.count}: {told}. The update was not made.",
+            {"step": self.count},
+            step=self.count,
+        )
+        rows = {f"train/loss/{name}": value for name, value in losses.items()}
+        self._write(rows | {"train/optimizer/gradient_norm": norm})
         self.history.flush()
         self.folder.update(status="stopped", stopped_by="non-finite")
-        diagnosis = diagnose(record_of(self.folder), self.profile, not_measured=self.missing)
-        write_findings(self.folder, diagnosis)
-        raise Stopped(Finding("non-finite", "fail", message, {"step": self.count}, step=self.count), where)
+        write_findings(self.folder, diagnose(record_of(self.folder), self.profile, not_measured=self.missing))
+        if self.on_finding:
+            self.on_finding(finding)
+        raise Stopped(finding, where)
 
     def _audit(self) -> None:
-        if self.count <= AUDITED:
+        if self.count <= self.start + AUDITED:
             self.silence.look(self.model)
-        elif self.count == AUDITED + 1:
+        elif self.count == self.start + AUDITED + 1:
             self.facts["dead_parameters"] = self.silence.by_module()
             if self.optimizer is not None:
                 still = audits.unmoved(self.model, self._before, self.optimizer)
@@ -233,21 +265,36 @@ class Monitor:
             self._before = {}
             self._write_facts()
 
+    def _try_probe(self) -> None:
+        """Once, before training: what fails on the probe fails now."""
+        if self.probe is None or not self.taps:
+            return
+        try:
+            self._tapped()
+        except Exception as error:
+            raise ValueError(
+                f"{type(self.model).__name__} could not be run on the probe ({type(error).__name__}: {error}). Give a "
+                "probe like the batches that it is trained on, and say how to run it: "
+                "forward=lambda model, probe: model.encoder(probe)."
+            ) from error
+
     def _tapped(self) -> dict[str, Tensor]:
-        """The output of each tapped module on the probe, in eval mode; several calls are put one after another."""
+        """The output (N, d) of each tapped module on the probe; several calls are put one after another."""
         seen: dict[str, list[Tensor]] = {site: [] for site in self.taps}
 
         def keep(site: str) -> Callable[[nn.Module, Any, Any], None]:
             def hook(module: nn.Module, given: Any, output: Any) -> None:
                 first = output if isinstance(output, Tensor) else next(iter(_tensors(output)), None)
                 if first is not None:
-                    seen[site].append(first.detach().flatten(1).clone())
+                    first = first.detach()
+                    first = first.mean(1) if first.ndim == 3 and first.is_floating_point() else first.flatten(1)
+                    seen[site].append(first.clone())
 
             return hook
 
         hooks = [module.register_forward_hook(keep(site)) for site, module in self.taps.items()]
         try:
-            with audits.undisturbed(self.model), torch.no_grad():
+            with self._probing():
                 self.forward(self.model, self.probe)
         finally:
             for hook in hooks:
@@ -256,6 +303,12 @@ class Monitor:
             if not outputs:
                 self.missing[f"val/{site}"] = "the module was not called on the probe"
         return {site: torch.cat(outputs) for site, outputs in seen.items() if outputs}
+
+    @contextmanager
+    def _probing(self) -> Iterator[None]:
+        """Eval mode, no gradient, and no compiled graph, which would not know of hooks that came later."""
+        with audits.undisturbed(self.model), torch.no_grad(), torch.compiler.set_stance("force_eager"):
+            yield
 
     def _write(self, rows: Mapping[str, float | Reading], step: int | None = None) -> None:
         readings = {n: v if isinstance(v, Reading) else Reading(v, self.nulls.get(n)) for n, v in rows.items()}
@@ -271,6 +324,20 @@ def _weighed(losses: Loss | Mapping[str, Loss]) -> dict[str, tuple[Tensor | floa
     if not isinstance(losses, Mapping):
         losses = {"total": losses}
     return {name: loss if isinstance(loss, tuple) else (loss, 1.0) for name, loss in losses.items()}
+
+
+def _full(name: str, split: str, terms: Collection[str]) -> str:
+    """``<split>/<site>/<quantity>``: ``val_loss`` is ``val/loss/total``, ``eval_f1`` is ``val/logged/f1``."""
+    if name.count("/") == 2:
+        return name
+    plain = "".join(c if c.isalnum() or c in "_.-" else "_" for c in name)
+    for before in ("eval_", "val_", "valid_", "validation_", "train_"):
+        plain = plain.removeprefix(before)
+    if plain in ("loss", "total"):
+        return f"{split}/loss/total"
+    if plain in terms or plain.endswith("_loss"):
+        return f"{split}/loss/{plain.removesuffix('_loss')}"
+    return f"{split}/logged/{plain}"
 
 
 def _numbers(values: Sequence[Tensor | float]) -> list[float]:
@@ -290,6 +357,23 @@ def _tensors(output: Any) -> Iterator[Tensor]:
     elif isinstance(output, tuple | list):
         for part in output:
             yield from _tensors(part)
+
+
+def _inner(model: nn.Module) -> nn.Module:
+    """What ``torch.compile`` or ``DistributedDataParallel`` wrapped: its names are those that its author knows."""
+    if isinstance(model, nn.parallel.DistributedDataParallel):
+        return _inner(model.module)
+    return _inner(model._orig_mod) if isinstance(model, torch._dynamo.OptimizedModule) else model
+
+
+def options(**given: Any) -> dict[str, Any]:
+    """Keyword arguments for ``Monitor``, checked now and not when training starts.
+
+    Raises:
+        TypeError: an argument that it does not have.
+    """
+    inspect.signature(Monitor).bind(nn.Identity(), **given)
+    return given
 
 
 def _module(model: nn.Module, path: str) -> nn.Module:

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
 from typing import Any
 
 from intaglio.health.finding import SEVERITIES, Finding
@@ -42,14 +43,23 @@ class Rule:
     limits: Limits = field(default_factory=dict)
     judge: Judge | None = None
 
+    @property
+    def family(self) -> str:
+        """What it belongs to: ``training``, ``generalisation``, ``audits``, ``latent``, ``bottleneck``, …"""
+        return self.judge.__module__.rpartition(".")[2] if self.judge else "static"
+
 
 @dataclass(frozen=True)
 class Judged:
-    """Findings, the gravest first; ids of the rules that found nothing; ids of those that could not look, and why."""
+    """Findings, the gravest first; ids of the rules that found nothing; ids of those that could not look, and why.
+
+    ``unread`` are those of the latter that had nothing to read at all.
+    """
 
     findings: tuple[Finding, ...]
     passed: tuple[str, ...]
     not_measured: Mapping[str, str]
+    unread: tuple[str, ...] = ()
 
     @property
     def verdict(self) -> str:
@@ -75,15 +85,25 @@ def rule(**parts: Any) -> Callable[[Judge], Rule]:
     return made
 
 
-def apply(rules: Iterable[Rule], record: Record, profile: Mapping[str, Limits] | None = None) -> Judged:
-    """Every rule over a record, with the limits that ``profile`` sets by rule id and limit name."""
+def apply(
+    rules: Iterable[Rule],
+    record: Record,
+    profile: Mapping[str, Limits] | None = None,
+    gaps: Mapping[str, str] | None = None,
+) -> Judged:
+    """Every rule over a record, with the limits that ``profile`` sets by rule id and limit name.
+
+    ``gaps`` are quantities that an instrument could not give, with its reason.
+    """
     findings: list[Finding] = []
-    passed, missing = [], {}
+    passed, unread, missing = [], [], {}
     for r in rules:
         if r.judge is None or (r.concerns and record.config.get("system", r.concerns[0]) not in r.concerns):
             continue
         if not record.matching(*r.needs) and not any(key in record.facts for key in r.facts):
-            missing[r.id] = f"needs {' or '.join((*r.needs, *r.facts))}; log {r.log}"
+            known = [why for name, why in (gaps or {}).items() if any(fnmatchcase(name, p) for p in r.needs)]
+            missing[r.id] = known[0] if known else f"needs {' or '.join((*r.needs, *r.facts))}"
+            unread += [] if known else [r.id]
             continue
         said = list(r.judge(record, {**r.limits, **(profile or {}).get(r.id, {})}))
         found = [x for x in said if isinstance(x, Finding)]
@@ -94,4 +114,4 @@ def apply(rules: Iterable[Rule], record: Record, profile: Mapping[str, Limits] |
         elif not found:
             passed.append(r.id)
     findings.sort(key=lambda f: SEVERITIES.index(f.severity))
-    return Judged(tuple(findings), tuple(passed), missing)
+    return Judged(tuple(findings), tuple(passed), missing, tuple(unread))

@@ -189,7 +189,7 @@ def _verdict(whose: str, part: _Part) -> str:
         said += _missing(f"findings.json gives the verdict {given!r}, which this version does not know")
     heading = f"<h3>{escape(whose)}</h3>" if whose else ""
     gaps = [
-        ": ".join(filter(None, (gap.get("rule") or gap.get("quantity"), gap["reason"])))
+        ": ".join(filter(None, (gap.get("rule") or gap.get("quantity"), gap["reason"], gap.get("log"))))
         for gap in findings.get("not_measured", [])
     ]
     unmeasured = "".join(f"<li>{escape(gap)}</li>" for gap in gaps)

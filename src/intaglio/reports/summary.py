@@ -1,10 +1,11 @@
 """The end of a run in the terminal: each number beside its null, then the verdict with its findings."""
 
 import textwrap
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from itertools import chain
 
-from intaglio.health.diagnosis import Diagnosis
+from intaglio.health.diagnosis import ESSENTIAL, Diagnosis
 from intaglio.health.finding import Finding
 from intaglio.history import Reading
 from intaglio.reports.words import beats_null, interval, paired, quantity, written
@@ -39,19 +40,28 @@ def _line(row: Iterable[str], widths: Sequence[int]) -> str:
 
 
 def verdict_lines(diagnosis: Diagnosis) -> list[str]:
-    """The verdict, each finding with what to try in order, and how many rules passed or could not look."""
-    counted = f"{len(diagnosis.passed)} rules passed, {len(diagnosis.not_measured)} quantities were not measured"
-    lines = [f"{diagnosis.verdict.upper()}: {counted}.", *chain.from_iterable(map(_finding, diagnosis.findings))]
-    names = [gap.get("rule") or gap["quantity"] for gap in diagnosis.not_measured]
-    if names:
-        lines += textwrap.wrap(
-            f"not measured: {', '.join(names)} (--json says what to log)", 100, subsequent_indent="  "
-        )
+    """The verdict, each finding with what to try in order, and which rules could not look, and why."""
+    gaps = [gap for gap in diagnosis.not_measured if "rule" in gap]
+    looked = len(diagnosis.passed) + len({f.rule for f in diagnosis.findings})
+    counted = f"{looked} rules looked, {len(diagnosis.passed)} of them found nothing; {len(gaps)} could not look."
+    lines = [f"{diagnosis.verdict.upper()}: {counted}", *chain.from_iterable(map(_finding, diagnosis.findings))]
+    for gap in gaps:
+        if gap["rule"] in ESSENTIAL or "log" not in gap:
+            log = f"; log {gap['log']}" if "log" in gap else ""
+            lines += _wrapped(f"not measured: {gap['rule']}, since {gap['reason'].replace('needs', 'it needs')}{log}")
+    unread = Counter(gap["family"] for gap in gaps if "log" in gap and gap["rule"] not in ESSENTIAL)
+    if unread:
+        told = ", ".join(f"{family} {count}" for family, count in unread.items())
+        lines += _wrapped(f"nothing to read for {unread.total()} rules ({told}): --json says what to log for each")
     return lines
 
 
+def _wrapped(text: str) -> list[str]:
+    return textwrap.wrap(text, 100, subsequent_indent="  ")
+
+
 def _finding(finding: Finding) -> list[str]:
-    said = textwrap.wrap(f"{finding.severity}: {finding.message} [{finding.rule}]", 100, subsequent_indent="  ")
+    said = _wrapped(f"{finding.severity}: {finding.message} [{finding.rule}]")
     said += [f"  or: {candidate}" for candidate in finding.candidates]
     for number, remedy in enumerate(finding.remedies, 1):
         wait = f" (give it {remedy.wait:,} steps)" if remedy.wait else ""

@@ -13,7 +13,7 @@ import numpy as np
 from intaglio.config import MultimodalConfig
 from intaglio.data.cache import cache_folder
 from intaglio.data.prepare import Prepared
-from intaglio.health.diagnosis import diagnose, record_of, write_findings
+from intaglio.health.diagnosis import diagnose, load_profile, record_of, write_findings
 from intaglio.history import HistoryWriter, Reading, read_history, to_parquet
 from intaglio.history.run_folder import RunFolder, write_atomically
 from intaglio.models.classifier import Judge, judge
@@ -65,7 +65,8 @@ def measure(model: MultimodalModel, prepared: Prepared, folder: RunFolder) -> Ev
 def conclude(folder: RunFolder, evaluation: Evaluation, step: int, say: Callable[[str], None]) -> None:
     """Writes ``evaluation.json``, ``findings.json`` and the page, and prints the summary."""
     readings = evaluation.readings
-    diagnosis = diagnose(record_of(folder, readings, step), not_measured=evaluation.not_measured)
+    limits = load_profile(folder.config().health.profile)
+    diagnosis = diagnose(record_of(folder, readings, step), limits, not_measured=evaluation.not_measured)
     seconds = folder.record.get("train_seconds")
     numbers = {name: asdict(r) for name, r in readings.items()}
     content = {"step": step, "seconds": seconds, "readings": numbers, "not_measured": evaluation.not_measured}

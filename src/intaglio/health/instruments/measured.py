@@ -18,7 +18,8 @@ def vectors(x: Tensor, least: int = 2, what: str = "latents") -> Tensor | NotMea
         )
     if x.ndim < 2:
         raise ValueError(f"{what} have the shape {tuple(x.shape)}; an instrument takes (N, d), a row for each item.")
-    flat = x.detach().flatten(1).double()
+    flat = x.detach().flatten(1)
+    flat = (flat.cpu() if flat.device.type == "mps" else flat).double()  # which has no float64
     if len(flat) < least:
         return NotMeasured(f"N too small: {len(flat)} {what}, and it takes {least}")
     if not bool(torch.isfinite(flat).all()):

@@ -116,7 +116,9 @@ def overfitting(record: Record, limits: Limits) -> Iterator[Finding | NotMeasure
     Seen by the same quantity of the same weights in the same mode, on training and on held-out items, beside the null.
     """
     pairs = {n: (s, record.get("val" + n.removeprefix("train"))) for n, s in record.matching("train/*/*").items()}
-    paired = {n: (s, v) for n, (s, v) in pairs.items() if v is not None and "loss/total" not in n and "/kl" not in n}
+    paired = {n: (s, v) for n, (s, v) in pairs.items() if v is not None and "/kl" not in n}
+    if "total" not in terms(record):
+        paired.pop("train/loss/total", None)
     clean = {n: (s, v) for n, (s, v) in paired.items() if n.endswith("nats_per_token") and v.null is not None}
     for name, (train, val) in clean.items():
         assert val.null is not None

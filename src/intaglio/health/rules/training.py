@@ -320,9 +320,9 @@ def input_starved(record: Record, limits: Limits) -> Iterator[Finding]:
 
 
 def terms(record: Record) -> dict[str, Series]:
-    """The training loss terms by name, without their total."""
-    found = record.matching("train/loss/*")
-    return {n.rsplit("/", 1)[1]: s for n, s in found.items() if not n.endswith("/total")}
+    """The training loss terms by name; their total only where it is all that is logged."""
+    found = {n.rsplit("/", 1)[1]: s for n, s in record.matching("train/loss/*").items()}
+    return {n: s for n, s in found.items() if n != "total" or len(found) == 1}
 
 
 def finite(s: Series) -> Series:
