@@ -9,12 +9,11 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
-from PIL import Image, ImageDraw
 
 import intaglio
+from intaglio.bench.shapes import write_shapes
 from intaglio.history.run_folder import RunFolder
 
 TINY = [
@@ -77,24 +76,8 @@ SHAPES = [
 
 @pytest.fixture(scope="session")
 def shapes(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """400 captioned pictures of a shape in a colour on a side: learnt in seconds, and nothing in it is hidden."""
-    folder, random = tmp_path_factory.mktemp("shapes"), np.random.default_rng(0)
-    colours = {"red": (220, 40, 40), "green": (40, 180, 60), "blue": (40, 60, 220), "black": (20, 20, 20)}
-    rows = ["file_name,caption,label"]
-    for k in range(400):
-        colour, shape = random.choice(list(colours)), random.choice(["circle", "square", "bar"])
-        x, y, size = (int(v) for v in random.integers((2, 2, 12), (12, 12, 18)))
-        image = Image.new("RGB", (32, 32), tuple(int(v) for v in random.integers(200, 255, 3)))
-        draw = ImageDraw.Draw(image)
-        if shape == "circle":
-            draw.ellipse((x, y, x + size, y + size), fill=colours[colour])
-        else:
-            top, low = (y, y + size) if shape == "square" else (y + size // 2 - 2, y + size // 2 + 2)
-            draw.rectangle((x, top, x + size, low), fill=colours[colour])
-        image.save(folder / f"{k}.png")
-        rows.append(f"{k}.png,a {colour} {shape} on the {'left' if x + size / 2 < 16 else 'right'},{shape}")
-    (folder / "metadata.csv").write_text("\n".join(rows) + "\n")
-    return folder
+    """400 captioned pictures that are learnt in seconds."""
+    return write_shapes(tmp_path_factory.mktemp("shapes"), 400)
 
 
 @pytest.fixture(scope="session")

@@ -184,6 +184,36 @@ CASES = [
 ]
 
 
+CASES += [
+    ("temperature-misstates-rate", {"train/latent/noise_ratio": looks(0.6, 1)}, ["warning"]),
+    ("temperature-misstates-rate", {"train/latent/noise_ratio": looks(0.0, 1)}, ["fail"]),
+    ("temperature-misstates-rate", {"train/latent/noise_ratio": looks(1.01, 1)}, []),
+    ("temperature-misstates-rate", {"val/latent/noise_ratio": looks(0.0, 1)}, []),
+    ("teacher-inert", {"train/term.teacher/gradient_norm": looks(0.0)}, ["fail"]),
+    ("teacher-inert", {"train/term.teacher/gradient_norm": looks(0.1)}, []),
+    ("teacher-inert", {"train/answers/tie_rate": looks(0.97)}, ["warning"]),
+    ("teacher-inert", {"train/answers/tie_rate": looks(0.2)}, []),
+    ("revival-threshold", {"train/codes/revival_threshold": looks(1.0, 256 / 768)}, ["fail"]),
+    ("revival-threshold", {"train/codes/revival_threshold": looks(0.2, 256 / 768)}, ["warning"]),
+    ("revival-threshold", {"train/codes/revival_threshold": looks(0.03, 256 / 768)}, []),
+    ("revival-threshold", {"train/codes/revival_threshold": looks(0.03)}, None),
+    ("quantiser-loss-missing", {"val/codes/perplexity": looks(90, 100), "train/loss/a": series(HEALTHY)}, ["fail"]),
+    (
+        "quantiser-loss-missing",
+        {"val/codes/perplexity": looks(90, 100), "train/loss/vq": series(HEALTHY), "train/weight/vq": series(0.0)},
+        ["fail"],
+    ),
+    ("quantiser-loss-missing", {"val/codes/perplexity": looks(90, 100), "train/loss/vq": series(HEALTHY)}, []),
+    (
+        "quantiser-loss-missing",
+        {"val/codes/perplexity": looks(90, 100)}
+        | {f"train/loss/{t}": series(HEALTHY) for t in ("commitment", "codebook")}
+        | {"train/weight/commitment": series(1.0), "train/weight/codebook": series(0.25)},
+        ["warning"],
+    ),
+]
+
+
 @pytest.mark.parametrize(("rule", "given", "expected"), CASES, ids=[f"{c[0]}-{k}" for k, c in enumerate(CASES)])
 def test_a_rule_fires_on_its_fault_and_on_nothing_else(rule, given, expected):
     config = {"train": {"batch_size": 32}, "system": next(iter(chosen([rule])[0].concerns), None)}
@@ -211,6 +241,14 @@ FACTS = [
     ("data-replaced", {"intake": {"items": 1000, "lost": {"unreadable": 1}}}, []),
     ("partial-load", {"loaded": {"missing": ["a"], "unexpected": [], "reshaped": []}}, ["fail"]),
     ("partial-load", {"loaded": {"missing": [], "unexpected": [], "reshaped": []}}, []),
+    ("trained-on-test", {"trained_on_test": 13000}, ["fail"]),
+    ("trained-on-test", {"trained_on_test": 0}, []),
+    ("conditioned-too-late", {"built_for": {"labels": {"built_for": 0, "data": 10}}}, ["fail"]),
+    ("conditioned-too-late", {"built_for": {"tokens": {"built_for": 8000, "data": 1266}}}, ["warning"]),
+    ("conditioned-too-late", {"built_for": {"labels": {"built_for": 10, "data": 10}}}, []),
+    ("not-reproducible", {"provenance": {"seed": None}}, ["warning"]),
+    ("not-reproducible", {"provenance": {"seed": 0, "changed": ["a", "b"]}}, ["note"]),
+    ("not-reproducible", {"provenance": {"seed": 0, "changed": ["a"]}}, []),
 ]
 
 
@@ -229,10 +267,28 @@ def test_the_applied_rate_is_held_against_the_configured_one():
     assert found("learning-rate-off", {"train/optimizer/rate": series(due)}) is None
 
 
+RAMP = {"train/weight/kl": series(np.minimum(STEPS / 1000, 1))}
+
+
+@pytest.mark.parametrize(
+    ("train", "expected"),
+    [
+        ({"patience": 3, "validate_every": 100}, ["warning"]),
+        ({"patience": 3, "validate_every": 400}, []),
+        ({"patience": 0, "validate_every": 100}, []),
+        ({"patience": 3, "validate_every": 400, "monitor": "val/loss/total"}, ["warning"]),
+        ({}, None),
+    ],
+    ids=["in the ramp", "after it", "no patience", "by a moving weight", "unknown"],
+)
+def test_a_run_may_not_stop_in_its_ramp(train, expected):
+    assert found("stopped-in-ramp", RAMP, config={"train": train, "system": None}) == expected
+
+
 def test_every_rule_is_tested_here_says_what_it_needs_and_has_a_name_of_its_own():
     rules = all_rules()
     assert len({r.id for r in rules}) == len(rules)
-    tested = {c[0] for c in CASES} | {c[0] for c in FACTS} | {"learning-rate-off"}
+    tested = {c[0] for c in CASES} | {c[0] for c in FACTS} | {"learning-rate-off", "stopped-in-ramp"}
     assert {r.id for r in rules} == tested
     for r in rules:
         assert r.needs or r.facts

@@ -330,8 +330,8 @@ def _parser() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentParse
     p.add_argument("images", nargs="+", help="image files or folders")
     p.add_argument("--out", default="latents.safetensors", help=".safetensors or .parquet")
 
-    p = verb("bench", "our own evidence: speed against a bare loop, or the targets of a system")
-    p.add_argument("what", choices=("speed", "multimodal"))
+    p = verb("bench", "our own evidence: speed, the targets of a system, or how often healthy runs are accused")
+    p.add_argument("what", choices=("speed", "multimodal", "healthy"))
     p.add_argument("--out", default="benchmarks", metavar="FOLDER")
     return parser, verbs.choices
 

@@ -101,6 +101,7 @@ def prepare(
         "captions cut": encoded.truncated,
         "unknown tokens": encoded.unknown,
         "near-duplicate groups kept on one side": leaks,
+        "training items declared as test": sum(corpus.declared_split(int(i)) == "test" for i in sides["train"]),
         "held-out images seen in training": _seen(data.images, sides["train"], sides["val"]),
     }
     if learnt_here:

@@ -114,6 +114,17 @@ def augmentation(change: Callable[[Tensor], Tensor], items_B: Tensor, draws: int
     return {"changed": float(changed), "variety": float(differ)}
 
 
+def loaded(model: nn.Module, state: Mapping[str, Tensor]) -> dict[str, list[str]]:
+    """Keys of a checkpoint that the model lacks, that the checkpoint lacks, and whose shapes differ."""
+    own = model.state_dict()
+    shared = own.keys() & state.keys()
+    return {
+        "missing": sorted(own.keys() - state.keys()),
+        "unexpected": sorted(state.keys() - own.keys()),
+        "reshaped": sorted(name for name in shared if own[name].shape != state[name].shape),
+    }
+
+
 def leaks(train: Sequence[bytes] | np.ndarray, held_out: Sequence[bytes] | np.ndarray) -> int:
     """How many held-out items are exactly one of the training items."""
     seen = {hashlib.blake2b(bytes(np.ascontiguousarray(x)) if isinstance(x, np.ndarray) else x).digest() for x in train}
@@ -125,5 +136,5 @@ def leaks(train: Sequence[bytes] | np.ndarray, held_out: Sequence[bytes] | np.nd
 
 def _digest(tensor: Tensor) -> str:
     """Of the bytes: NaN equals itself, and 0 is not −0."""
-    raw = tensor.detach().cpu().contiguous().flatten().view(torch.uint8) if tensor.numel() else tensor.cpu()
+    raw = tensor.detach().cpu().contiguous().flatten().view(torch.uint8) if tensor.numel() else tensor.detach().cpu()
     return hashlib.blake2b(raw.numpy().tobytes(), digest_size=16).hexdigest()

@@ -15,6 +15,7 @@ from intaglio.health.rule import Limits, Rule, apply
 from intaglio.health.rules import all_rules
 from intaglio.history import Reading, read_history
 from intaglio.history.run_folder import RunFolder, find, write_atomically
+from intaglio.history.table import portable
 
 ESSENTIAL = ("non-finite", "no-learning", "overfitting", "validation-missing")
 """Rules that must have looked before a run is called healthy."""
@@ -39,7 +40,10 @@ class Diagnosis:
         A gap has ``rule``, ``family``, ``reason``, and ``log`` where it had nothing to read; or ``quantity``,
         ``reason``.
         """
-        return asdict(self)
+        plain = asdict(self)
+        for finding in plain["findings"]:
+            finding["evidence"] = {name: portable(value) for name, value in finding["evidence"].items()}
+        return plain
 
 
 def diagnose(
@@ -139,10 +143,15 @@ def facts_of(folder: RunFolder) -> dict[str, Any]:
     """The facts in ``audits.json``, and what ``run.json`` says of the data."""
     file = folder.path / "audits.json"
     facts: dict[str, Any] = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    if "seed" in folder.record:
+        changed = folder.record.get("changed_from_parent", [])
+        facts["provenance"] = {"seed": folder.record["seed"], "changed": changed}
     data = folder.record.get("data")
     if data:
         lost = {k: n for k, n in data["intake"]["counts"].items() if k in LOST}
         facts["intake"] = {"items": sum(data["items"].values()), "lost": lost}
+        if "training items declared as test" in data:
+            facts["trained_on_test"] = data["training items declared as test"]
         if "held-out images seen in training" in data:
             facts["leaks"] = {"the very same image": data["held-out images seen in training"]}
         if data.get("tokens known from held-out captions alone"):

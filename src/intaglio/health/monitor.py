@@ -29,6 +29,7 @@ from torch import Tensor, nn
 from intaglio.health import audits, panel
 from intaglio.health.diagnosis import Diagnosis, diagnose, load_profile, record_of, write_findings
 from intaglio.health.finding import Finding
+from intaglio.health.rules import all_rules
 from intaglio.history import HistoryWriter, Measured, Reading
 from intaglio.history.run_folder import RunFolder, write_atomically
 
@@ -37,6 +38,10 @@ Loss = Tensor | float | tuple[Tensor | float, float]
 
 AUDITED = 3
 """Steps in which gradients are watched before a tensor without one is called dead."""
+
+
+UNSEEDED = 67280421310721
+"""The seed of PyTorch's generator in a process where nobody set one."""
 
 
 class Stopped(RuntimeError):
@@ -153,6 +158,20 @@ class Monitor:
         for name, measured in panel.terms(graphs, self.model).items():
             found.add(f"train/term.{name}", measured)
         self._write(found.readings, self.count + 1)
+
+    def audit(self, **facts: Any) -> None:
+        """What an audit found, as ``audit(augmentations={"flip": audits.augmentation(flip, images)})``.
+
+        Raises:
+            ValueError: a fact that no rule reads, with the nearest.
+        """
+        known = sorted({name for r in all_rules() for name in r.facts} | {"parameters"})
+        for name in facts:
+            if name not in known:
+                near = difflib.get_close_matches(name, known, 1) or known
+                raise ValueError(f"No rule reads the fact {name!r}; nearest: {', '.join(near)}.")
+        self.facts |= facts
+        self._write_facts()
 
     def look(self) -> Diagnosis:
         """Reads the probe at every tap, and judges; called by ``step``, and whenever you like."""
@@ -315,7 +334,7 @@ class Monitor:
         self.history.write(self.count if step is None else step, 0.0, readings)
 
     def _write_facts(self) -> None:
-        text = json.dumps(self.facts, indent=2, ensure_ascii=False, allow_nan=False)
+        text = json.dumps(self.facts, indent=2, ensure_ascii=False)
         write_atomically(self.folder.path / "audits.json", text + "\n")
 
 
@@ -393,6 +412,6 @@ def _new_folder(path: Path, steps: int | None) -> RunFolder:
     versions = {"torch": torch.__version__}
     folder.update(
         id=uuid.uuid4().hex[:12], name=path.name, system=None, started=started, status="running", steps=steps,
-        versions=versions, notices=[],
+        versions=versions, notices=[], seed=None if torch.initial_seed() == UNSEEDED else torch.initial_seed(),
     )  # fmt: skip
     return folder

@@ -60,7 +60,7 @@ class HistoryWriter:
             for suffix, value in parts.items():
                 if value is not None:
                     null = reading.null if suffix == "" else None
-                    row = (step, epoch, now, name + suffix, _portable(value), _portable(null), reading.n)
+                    row = (step, epoch, now, name + suffix, portable(value), portable(null), reading.n)
                     self._lines.append(json.dumps(dict(zip(COLUMNS, row, strict=True)), allow_nan=False) + "\n")
 
     def flush(self) -> None:
@@ -138,7 +138,8 @@ def to_parquet(path: Path) -> Path:
     return target
 
 
-def _portable(value: float | None) -> float | str | None:
+def portable(value: float | None) -> float | str | None:
+    """A number as JSON can hold it: NaN and infinities as their names."""
     if value is None or math.isfinite(value):
         return None if value is None else float(value)
     return "NaN" if math.isnan(value) else "Infinity" if value > 0 else "-Infinity"

@@ -32,6 +32,7 @@ class System(L.LightningModule):
     def __init__(self, config: Config, steps: int):
         super().__init__()
         self.config, self.steps = config, steps
+        self.built_for: dict[str, dict[str, int]] = {}  # sizes of the model beside those of its data, for the audits
         self.terms: dict[str, Term] = {}
         self.weights: dict[str, float] = {}
         self.rate = 0.0

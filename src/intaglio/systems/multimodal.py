@@ -16,11 +16,12 @@ from intaglio.data.batches import Batch
 from intaglio.data.prepare import Prepared
 from intaglio.data.tokenizer import PAD, SPECIAL
 from intaglio.health import audits, panel
+from intaglio.health.instruments.bottleneck import noise_ratio
 from intaglio.health.trials import cost_of_exchange
 from intaglio.history import Measured, NotMeasured, Reading
 from intaglio.models import nulls
 from intaglio.models.multimodal import MultimodalModel
-from intaglio.models.networks import DocumentedNetwork
+from intaglio.models.networks import DocumentedNetwork, Gaussian
 from intaglio.objectives import Term
 from intaglio.objectives.contrastive import infonce, sigmoid_pairs
 from intaglio.objectives.gaussian import kl_to_standard, sample
@@ -74,7 +75,7 @@ class MultimodalSystem(System):
         weights, network = self.config.loss, self.model.network
         images = self.model.to_range(batch.images)
         q = network.encode_image(images)
-        z = sample(q.mean, q.log_variance, self.noise_like(q.mean)) if self.training else q.mean
+        z = self.draw(q) if self.training else q.mean
         if isinstance(network, DocumentedNetwork) or not self.training:
             logits_BTV = network.caption_logits(z, batch.ids[:, :-1])
         else:
@@ -93,6 +94,10 @@ class MultimodalSystem(System):
             "contrastive": Term(self.contrast(network.embed_image(q.mean), text), weights.contrastive),
             "kl": Term(kl_to_standard(q.mean, q.log_variance).mean(), weights.kl),
         }
+
+    def draw(self, q: Gaussian) -> Tensor:
+        """z ~ q(z|x), with the noise of this step."""
+        return sample(q.mean, q.log_variance, self.noise_like(q.mean))
 
     def contrast(self, image_BE: Tensor, text_BE: Tensor) -> Tensor:
         if self.config.loss.pairing == "infonce":
@@ -138,6 +143,7 @@ class MultimodalSystem(System):
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16):
             text = network.embed_text(batch.ids, batch.ids != PAD)
         scale = self.pairing.log_scale
+        found["train/latent"] = {"noise_ratio": noise_ratio(self.draw(q), q.mean, q.log_variance)}
         found["train/pair"] = {"temperature": Reading(float((-scale).exp()))}
         found["val/pair"] = panel.pairs(network.embed_image(z), text, scale)
         return found | {"val/latent": panel.latents(z, q.log_variance.float())}
@@ -202,4 +208,10 @@ def build(config: MultimodalConfig, prepared: Prepared, model: MultimodalModel |
     pieces = len(prepared.tokenizer) - len(SPECIAL)
     reached = prepared.tokenizer.reached(prepared.ids_of(prepared.splits["train"]))
     unreachable = Reading(1 - len(reached) / max(1, pieces), 0.0, pieces)
-    return MultimodalSystem(config, config.train.steps, model, null_readings(config, prepared), unreachable)
+    system = MultimodalSystem(config, config.train.steps, model, null_readings(config, prepared), unreachable)
+    words, places = model.network.embedding.num_embeddings, model.text_length
+    system.built_for = {
+        "tokens of the vocabulary": {"built_for": words, "data": len(prepared.tokenizer)},
+        "places of a caption": {"built_for": places, "data": prepared.text_length},
+    }
+    return system

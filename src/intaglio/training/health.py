@@ -54,6 +54,7 @@ class Health:
         self.facts = audits.parameters(system) | {
             "not_in_optimizer": audits.not_in_optimizer(system, optimizer),
             "ranges": system.ranges(self.probe()),
+            "built_for": system.built_for,
         }
 
     def before_update(self, system: System) -> None:
@@ -115,7 +116,7 @@ class Health:
         return diagnosis
 
     def _write(self) -> None:
-        text = json.dumps(self.facts, indent=2, ensure_ascii=False, allow_nan=False)
+        text = json.dumps(self.facts, indent=2, ensure_ascii=False)
         write_atomically(self.folder.path / "audits.json", text + "\n")
 
 

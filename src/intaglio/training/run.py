@@ -105,6 +105,9 @@ def train(
     if launch.rank() == 0:
         folder = run_folder.create(config, sys.argv, source.record["id"] if source else None)
         folder.update(data=prepared.record, fingerprint=prepared.fingerprint, machine_choice=reasons)
+        if source is not None:
+            apart = configuration.diff(source.config(), config)
+            folder.update(changed_from_parent=[key for key in apart if key not in ("name", "runs")])
         for notice in notices(prepared):
             folder.notice(notice)
         say(f"run folder {folder.path}")

@@ -97,3 +97,29 @@ def mutual_information(mean: Tensor, log_variance: Tensor) -> Measured:
     squares = z.square() @ precision.T - 2 * z @ (m * precision).T + (m.square() * precision).sum(1)
     others = -0.5 * (squares + v.sum(1))
     return Reading(float((own - others.logsumexp(1) + math.log(n)).mean()), 0.0, n)
+
+
+def noise_ratio(latents: Tensor, mean: Tensor, log_variance: Tensor) -> Measured:
+    """Root mean square of (z − μ)/σ of the latents that a decoder is given: the temperature they are drawn at.
+
+    Null 1, of z ~ q(z|x), for which KL is charged; its standard error is 1/√(2Nd). 0 where the means are given.
+    """
+    z, pair = vectors(latents, least=1), _checked(mean, log_variance)
+    if isinstance(z, NotMeasured):
+        return z
+    if isinstance(pair, NotMeasured):
+        return pair
+    m, v = pair
+    return Reading(float(((z - m) * (-0.5 * v).exp()).square().mean().sqrt()), 1.0, len(z))
+
+
+def tie_rate(scores_NM: Tensor) -> Measured:
+    """The share of pairs among the M scored samples of each item that are equal, so that a ranking says nothing.
+
+    Null 0, of scores that always differ; 1 where all are the same.
+    """
+    n, m = scores_NM.shape
+    if m < 2:
+        return NotMeasured("a single sample an item cannot be ranked")
+    equal = (scores_NM[:, :, None] == scores_NM[:, None, :]).sum((1, 2)) - m
+    return Reading(float(equal.double().mean()) / (m * (m - 1)), 0.0, n)

@@ -135,6 +135,13 @@ def mass_ratio(cluster_size_K: Tensor, tokens_per_update: int) -> Measured:
     )
 
 
+def revival_threshold(uses_per_step: float, size: int, tokens_per_step: int) -> Measured:
+    """The uses a step below which a code is revived. Null: tokens / K, what uniform use gives each code."""
+    if size < 1 or tokens_per_step < 1:
+        return NotMeasured("a step saw no tokens, or there are no codes")
+    return Reading(float(uses_per_step), tokens_per_step / size, size)
+
+
 def _log_missed(size: int) -> float:
     """ln of the chance that one uniform draw is another code; −∞ for a single code."""
     return math.log1p(-1 / size) if size > 1 else -math.inf

@@ -89,6 +89,23 @@ def modality_gap(a_ND: Tensor, b_ND: Tensor) -> Measured:
 
 
 @torch.no_grad()
+def queue_agreement(queued_ND: Tensor, now_ND: Tensor) -> Measured:
+    """Mean cosine of queued embeddings with what the encoder gives for the same items now (He et al. 2020, 3.2).
+
+    1 where the encoder has not moved since. Null: the same with items exchanged, which a queue of strangers has.
+    """
+    a, b = vectors(queued_ND, 2, "queued embeddings"), vectors(now_ND, 2, "embeddings")
+    if isinstance(a, NotMeasured):
+        return a
+    if isinstance(b, NotMeasured):
+        return b
+    cosines = F.normalize(a, dim=1) @ F.normalize(b, dim=1).T
+    n = len(cosines)
+    null = float((cosines.sum() - cosines.trace()) / (n * (n - 1)))
+    return Reading(float(cosines.diagonal().mean()), null, n)
+
+
+@torch.no_grad()
 def temperature(log_scale: Tensor | float, clamp: float | None = None) -> Measured:
     """exp(−log scale), the number that similarities are divided by (Radford et al. 2021, section 2.5).
 

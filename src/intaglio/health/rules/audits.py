@@ -266,6 +266,93 @@ def partial_load(record: Record, limits: Limits) -> Iterator[Finding]:
         )
 
 
+@rule(
+    id="trained-on-test",
+    source="counting",
+    case="D",
+    facts=("trained_on_test",),
+    log="how many training items the source declares as test",
+)
+def trained_on_test(record: Record, limits: Limits) -> Iterator[Finding]:
+    """Items that the source publishes as its test split are trained on.
+
+    Seen by the declared side of every training item; none may be test.
+
+    ``trained_on_test``: how many.
+    """
+    count = record.facts["trained_on_test"]
+    if count:
+        yield Finding(
+            "trained-on-test",
+            "fail",
+            f"{count:,} training items are declared as test by their source: no number on that split means anything.",
+            {"items": count},
+            remedies("leave declared test items out of training, and out of the data's fingerprint"),
+        )
+
+
+@rule(
+    id="conditioned-too-late",
+    source="nothing is skipped silently",
+    case="D",
+    facts=("built_for",),
+    log="for how many words, labels or conditions the model was built, and how many the data has",
+)
+def conditioned_too_late(record: Record, limits: Limits) -> Iterator[Finding]:
+    """A module depends on data that was loaded after it was built.
+
+    Seen by the sizes that the model was built for beside those of the data that it is given.
+
+    ``built_for``: {what: {"built_for": number, "data": number}}.
+    """
+    for what, size in record.facts["built_for"].items():
+        if size["built_for"] != size["data"]:
+            none = "without any, so that it ignores them" if not size["built_for"] else f"for {size['built_for']:,}"
+            yield Finding(
+                "conditioned-too-late",
+                "fail" if size["built_for"] < size["data"] else "warning",
+                f"The data has {size['data']:,} {what}, and the model was built {none}.",
+                dict(size),
+                remedies("read the data first, and build the model from what it holds"),
+            )
+
+
+@rule(
+    id="not-reproducible",
+    source="one run is an anecdote",
+    case="J",
+    facts=("provenance",),
+    log="the seed, and what changed against the run that this one is compared with",
+    limits={"changes": 1},
+)
+def not_reproducible(record: Record, limits: Limits) -> Iterator[Finding]:
+    """The run cannot be made again, or differs from its parent in several things at once.
+
+    Seen by the seed, and the keys in which its configuration differs from its parent's.
+
+    ``provenance``: {"seed": number or None, "changed": [keys]}.
+    """
+    known = record.facts["provenance"]
+    if known.get("seed") is None:
+        yield Finding(
+            "not-reproducible",
+            "warning",
+            "No seed was set, so that this run cannot be made again.",
+            {},
+            remedies("torch.manual_seed(0) before the model is built: --seed 0"),
+        )
+    changed = list(known.get("changed", ()))
+    if len(changed) > limits["changes"]:
+        yield Finding(
+            "not-reproducible",
+            "note",
+            f"{len(changed)} keys differ from the parent run: {_some(changed)}. What caused a difference cannot be "
+            "told.",
+            {"changes": len(changed)},
+            remedies("change one thing at a time, each with several seeds"),
+        )
+
+
 RULES: tuple[Rule, ...] = (
     dead_parameters,
     not_in_optimizer,
@@ -276,4 +363,7 @@ RULES: tuple[Rule, ...] = (
     split_leak,
     data_replaced,
     partial_load,
+    trained_on_test,
+    conditioned_too_late,
+    not_reproducible,
 )

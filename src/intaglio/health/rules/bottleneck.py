@@ -144,6 +144,8 @@ def kl_units(record: Record, limits: Limits) -> Iterator[Finding | NotMeasured]:
     if term is None:
         yield NotMeasured("there is no loss term kl to hold the measured KL against")
         return
+    if weight is not None and not weight.values.any():
+        return  # switched off on purpose
     measured = max((s.value for s in record.matching("val/*/kl_nats").values()), default=0.0)
     factor = measured / max(term.value, 1e-12)
     if measured > 1e-3 and not 1 / limits["factor"] < factor < limits["factor"]:
@@ -162,4 +164,76 @@ def kl_units(record: Record, limits: Limits) -> Iterator[Finding | NotMeasured]:
         )
 
 
-RULES: tuple[Rule, ...] = (posterior_collapse, kl_free, kl_parked, rate_too_high, kl_units)
+@rule(
+    id="temperature-misstates-rate",
+    source="Alemi et al. 2018, eq. 3",
+    case="V: samples at .6 σ, KL for σ",
+    needs=("*/*/noise_ratio",),
+    log="(z − μ)/σ of the latents that the decoder is given, beside the σ that KL is charged for",
+    limits={"off": 0.1},
+)
+def temperature_misstates_rate(record: Record, limits: Limits) -> Iterator[Finding]:
+    """Latents are drawn with another spread than the one that KL is charged for, so the rate is not the rate.
+
+    Seen by the root mean square of (z − μ)/σ of what the decoder is given in training; 1 is due, and 0 for means.
+    """
+    for name, s in record.matching("*/*/noise_ratio").items():
+        means = name.startswith("val/") and s.value == 0
+        if abs(s.value - 1) > limits["off"] and not means:
+            snr = "" if s.value == 0 else f": {1 / s.value**2:.1f} times the signal-to-noise ratio that is paid for"
+            yield Finding(
+                "temperature-misstates-rate",
+                "warning" if s.value else "fail",
+                f"The latents of {name.split('/')[1]} are drawn at {s.value:.2f} σ, and KL is charged for σ{snr}.",
+                {"noise_ratio": s.value},
+                remedies("draw at σ in training, and at a temperature only where samples are shown"),
+                step=int(s.steps[-1]),
+            )
+
+
+@rule(
+    id="teacher-inert",
+    concerns=("vqa",),
+    source="Rafailov et al. 2023, eq. 7",
+    case="V: constants were ranked, which have no gradient",
+    needs=("*/*/tie_rate", "train/term.teacher/gradient_norm", "train/term.preference/gradient_norm"),
+    log="the share of ties among the scores that are ranked, and the term's gradient norm",
+    limits={"ties": 0.8},
+)
+def teacher_inert(record: Record, limits: Limits) -> Iterator[Finding]:
+    """A preference or teacher term has no gradient, or hardly ever a pair that differs.
+
+    Seen by its gradient norm; the share of pairs whose scores are equal.
+    """
+    for name, s in record.matching("train/term.teacher/gradient_norm", "train/term.preference/gradient_norm").items():
+        if not (s.values > 0).any():
+            yield Finding(
+                "teacher-inert",
+                "fail",
+                f"The term {name.split('/')[1].removeprefix('term.')} has no gradient in {len(s)} looks: what it ranks "
+                "does not depend on a parameter.",
+                {"gradient_norm": s.value},
+                remedies("rank log-probabilities of answers, not their scores", "leave the term out"),
+                step=int(s.steps[0]),
+            )
+    for name, s in record.matching("*/*/tie_rate").items():
+        if s.value > limits["ties"]:
+            yield Finding(
+                "teacher-inert",
+                "warning",
+                f"{s.value:.0%} of the pairs that {name.split('/')[1]} ranks have equal scores, and teach nothing.",
+                {"tie_rate": s.value},
+                remedies("more samples an item", "scores with more steps", wait=500),
+                step=int(s.steps[-1]),
+            )
+
+
+RULES: tuple[Rule, ...] = (
+    posterior_collapse,
+    kl_free,
+    kl_parked,
+    rate_too_high,
+    kl_units,
+    temperature_misstates_rate,
+    teacher_inert,
+)

@@ -179,4 +179,84 @@ def codes_polluted(record: Record, limits: Limits) -> Iterator[Finding]:
             )
 
 
-RULES: tuple[Rule, ...] = (codebook_collapse, codes_dead, codes_displaced, codes_shrink, codes_polluted)
+@rule(
+    id="revival-threshold",
+    concerns=("jepa",),
+    source="Dhariwal et al. 2020, appendix; uniform use is 1/K",
+    case="J: 768 of 768 “dead”",
+    needs=("*/*/revival_threshold",),
+    log="the uses a step below which a code is revived, with uniform use as its null",
+    limits={"share": 0.5},
+)
+def revival_threshold(record: Record, limits: Limits) -> Iterator[Finding | NotMeasured]:
+    """Codes are revived although they are used, because the threshold ignores the size of the codebook.
+
+    Seen by the threshold in tokens a step, against what uniform use gives each code: tokens of a step / K.
+    """
+    for name, s in record.matching("*/*/revival_threshold").items():
+        if s.null is None:
+            yield NotMeasured(f"{name} has no null: log the tokens of a step over the number of codes")
+        elif s.value > limits["share"] * s.null:
+            yield Finding(
+                "revival-threshold",
+                "fail" if s.value >= s.null else "warning",
+                f"Codes of {name.split('/')[1]} are revived below {s.value:.3g} uses a step; codes in uniform use have "
+                f"{s.null:.3g}.",
+                {"threshold": s.value, "uniform": s.null},
+                remedies("a threshold of a tenth of tokens / K, counted in optimizer steps", wait=500),
+                step=int(s.steps[-1]),
+            )
+
+
+QUANTISER = ("vq", "commitment", "codebook", "quantiser")
+
+
+@rule(
+    id="quantiser-loss-missing",
+    concerns=("jepa",),
+    source="van den Oord et al. 2017, eq. 3",
+    case="J: the codebook's loss was never added",
+    needs=("*/*/perplexity",),
+    log="the quantiser's terms as train/loss/commitment and train/loss/codebook, with their weights",
+)
+def quantiser_loss_missing(record: Record, limits: Limits) -> Iterator[Finding]:
+    """The commitment or codebook loss is not in the total, or the two weights are exchanged.
+
+    Seen by the terms and weights that were summed, where codes are chosen; β < 1 is the commitment's.
+    """
+    named = {n.rsplit("/", 1)[1]: s for n, s in record.matching("train/loss/*").items()}
+    terms = {name for name in named if any(word in name for word in QUANTISER)}
+    weights = {t: w.value for t in terms if (w := record.get(f"train/weight/{t}")) is not None}
+    if named and (not terms or (weights and not any(weights.values()))):
+        yield Finding(
+            "quantiser-loss-missing",
+            "fail",
+            "Codes are chosen, but the total holds no loss of the quantiser"
+            + (
+                f" ({', '.join(sorted(weights))} at weight 0)."
+                if weights
+                else ": nothing draws encoder and codes together."
+            ),
+            {},
+            remedies("add the commitment loss with β = .25 to the total"),
+        )
+    if weights.get("commitment", 0) > weights.get("codebook", float("inf")):
+        yield Finding(
+            "quantiser-loss-missing",
+            "warning",
+            f"The commitment's weight {weights['commitment']:g} is above the codebook's {weights['codebook']:g}: the "
+            "two look exchanged.",
+            {"commitment": weights["commitment"], "codebook": weights["codebook"]},
+            remedies("1 for the codebook, .25 for the commitment"),
+        )
+
+
+RULES: tuple[Rule, ...] = (
+    codebook_collapse,
+    codes_dead,
+    codes_displaced,
+    codes_shrink,
+    codes_polluted,
+    revival_threshold,
+    quantiser_loss_missing,
+)

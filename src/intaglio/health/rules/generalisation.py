@@ -25,7 +25,7 @@ LOWER_IS_BETTER = ("*/loss/*", "*/*/nats_per_token", "*/*/mse", "*/*/error")
 def no_learning(record: Record, limits: Limits) -> Iterator[Finding | NotMeasured]:
     """A loss is no better than its null model's.
 
-    Seen by the latest value beside its null: mean image, bigram model, guess.
+    Seen by the latest value, in training the median of the last quarter, beside its null: mean image, bigram model.
     """
     found = record.matching(*LOWER_IS_BETTER)
     known = {n: s for n, s in found.items() if s.null is not None and "contrastive" not in n}
@@ -36,12 +36,14 @@ def no_learning(record: Record, limits: Limits) -> Iterator[Finding | NotMeasure
         twin = "train" + name.removeprefix("val") if name.startswith("val/") else name
         if twin != name and twin in known:
             continue  # on held-out items alone it is overfitting
-        if s.null > 0 and s.value >= (1 - limits["share"]) * s.null and record.settled(s):
+        late = s.values[-max(1, len(s) // 4) :] if len(s) >= FEWEST and name.startswith("train/") else s.values[-1:]
+        value = float(np.median(late))  # of single batches one alone says little
+        if s.null > 0 and value >= (1 - limits["share"]) * s.null and record.settled(s):
             yield Finding(
                 "no-learning",
                 "fail",
-                f"{name} is {s.value:.4g}; a model that has learnt nothing reaches {s.null:.4g}.",
-                {"value": s.value, "null": s.null},
+                f"{name} is {value:.4g}; a model that has learnt nothing reaches {s.null:.4g}.",
+                {"value": value, "null": s.null},
                 (Remedy("train longer: --train.steps", 1000), Remedy("raise --optim.rate", 1000)),
                 candidates=(
                     "no gradient reaches it: see dead-parameters and term-inert",
@@ -73,7 +75,8 @@ def plateau(record: Record, limits: Limits) -> Iterator[Finding | NotMeasured]:
         late = s.values[len(s) // 2 :]
         middle = float(np.median(late))
         trend = abs(float(np.median(late[len(late) // 2 :]) - np.median(late[: len(late) // 2])))
-        if trend > limits["flat"] * abs(middle) or middle == 0:
+        error = 1.77 * mad(late) / (len(late) / 2) ** 0.5  # of the difference of two medians
+        if trend > max(limits["flat"] * abs(middle), 3 * error) or middle == 0:
             continue
         for what, constant in _constants(record, f"train/loss/{term}", s).items():
             if abs(middle - constant) < limits["close"] * abs(constant):
@@ -98,7 +101,7 @@ def _constants(record: Record, name: str, s: Series) -> dict[str, float]:
         found[f"ln {batch}, of guessing in a batch of {batch}"] = math.log(batch)
     held_out = record.get(name.replace("train/", "val/", 1))
     if held_out is not None and held_out.null:
-        found["its null"] = held_out.null
+        found["its null on held-out items"] = held_out.null
     return found
 
 
@@ -213,13 +216,14 @@ def validation_missing(record: Record, limits: Limits) -> Iterator[Finding]:
     log="the gradient norm before clipping",
     limits={"share": 0.3, "relative": 1e-3},
 )
-def log_distorted(record: Record, limits: Limits) -> Iterator[Finding]:
+def log_distorted(record: Record, limits: Limits) -> Iterator[Finding | NotMeasured]:
     """What is logged is not what it is called: a norm after clipping, a weighted value read as raw.
 
     Seen by the share of gradient norms that equal the clip to three digits: rounding aside, none do.
     """
     s = finite(record.series["train/optimizer/gradient_norm"])
     if len(s) < FEWEST:
+        yield NotMeasured(f"fewer than {FEWEST} gradient norms")
         return
     top = float(s.values.max())
     at_top = np.abs(s.values / top - 1) < limits["relative"] if top > 0 else np.zeros(len(s), bool)

@@ -107,15 +107,16 @@ def diverged(record: Record, limits: Limits) -> Iterator[Finding | NotMeasured]:
     log="the training loss",
     limits={"deviations": 12.0, "times": 1.5},
 )
-def spike(record: Record, limits: Limits) -> Iterator[Finding]:
+def spike(record: Record, limits: Limits) -> Iterator[Finding | NotMeasured]:
     """Single steps far off the rest, from which the run recovered.
 
     Seen by distance from the rolling median of 21 rows, in robust standard deviations.
     """
-    for name, s in record.matching("train/loss/*", "train/optimizer/gradient_norm").items():
-        s = finite(s)
-        if len(s) < 4 * FEWEST:
-            continue
+    curves = record.matching("train/loss/*", "train/optimizer/gradient_norm").items()
+    long = {name: finite(s) for name, s in curves if len(finite(s)) >= 4 * FEWEST}
+    if not long:
+        yield NotMeasured(f"fewer than {4 * FEWEST} rows of any loss")
+    for name, s in long.items():
         middle = rolling_median(s.values, 21)
         positive = bool((s.values > 0).all())  # heavy tails, as of gradient norms, are symmetric in their logarithm
         off = np.log(s.values / middle) if positive else s.values - middle
@@ -229,7 +230,12 @@ def term_dominates(record: Record, limits: Limits) -> Iterator[Finding]:
         cosine = record.get(f"train/term.{term}/gradient_cosine")
         against = cosine is not None and float(np.median(cosine.values[len(cosine) // 2 :])) < limits["cosine"]
         share = float(np.median(late))
-        if len(shares) > 1 and len(late) > 1 and (share > limits["share"] or (against and share > 1 / len(shares))):
+        if (
+            len(shares) > 1
+            and len(late) > 1
+            and record.settled(s)
+            and (share > limits["share"] or (against and share > 1 / len(shares)))
+        ):
             evidence = {"share": share, "equal_share": 1 / len(shares)}
             yield Finding(
                 "term-dominates",
@@ -319,6 +325,50 @@ def input_starved(record: Record, limits: Limits) -> Iterator[Finding]:
             )
 
 
+@rule(
+    id="stopped-in-ramp",
+    source="Prechelt 1998",
+    case="V",
+    needs=("train/weight/*",),
+    log="each term's weight as train/weight/NAME",
+)
+def stopped_in_ramp(record: Record, limits: Limits) -> Iterator[Finding | NotMeasured]:
+    """Early stopping can end a run before a ramp has, or judges by a loss whose weights move.
+
+    Seen by the last step at which a logged weight moved, against the first at which patience can run out.
+    """
+    train = record.config.get("train") or {}
+    if "patience" not in train:
+        yield NotMeasured("whether and when training may stop early is not known")
+        return
+    moving = {n.rsplit("/", 1)[1]: s for n, s in record.matching("train/weight/*").items() if np.ptp(s.values) > 0}
+    if not train["patience"] or not moving:
+        return
+    every = train.get("validate_every") or 1
+    earliest = every * (train["patience"] + 1)
+    for term, s in moving.items():
+        end = int(s.steps[1:][np.diff(s.values) != 0][-1])
+        if earliest < end:
+            yield Finding(
+                "stopped-in-ramp",
+                "warning",
+                f"Patience can end the run at step {earliest:,}; the weight of {term} moves until step {end:,}.",
+                {"earliest": earliest, "end": end},
+                (Remedy(f"--train.patience {-(-end // every) + 1}"), Remedy("a shorter ramp")),
+                step=earliest,
+            )
+        if train.get("monitor") in ("val/loss/total", f"val/loss/{term}_weighted"):
+            yield Finding(
+                "stopped-in-ramp",
+                "warning",
+                f"The best step is chosen by {train['monitor']}, in which the weight of {term} moves: it follows the "
+                "ramp, not the model.",
+                {"first": float(s.values[0]), "last": float(s.values[-1])},
+                (Remedy("choose by a term without a moving weight: --train.monitor val/loss/reconstruction"),),
+                step=end,
+            )
+
+
 def terms(record: Record) -> dict[str, Series]:
     """The training loss terms by name; their total only where it is all that is logged."""
     found = {n.rsplit("/", 1)[1]: s for n, s in record.matching("train/loss/*").items()}
@@ -354,4 +404,5 @@ RULES: tuple[Rule, ...] = (
     term_dominates,
     weight_not_applied,
     input_starved,
+    stopped_in_ramp,
 )
