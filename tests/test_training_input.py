@@ -171,9 +171,7 @@ def test_fewer_items_than_a_batch_are_refused(tmp_path, refused):
 
 
 def test_what_is_no_run_is_refused(tmp_path, refused):
-    assert f"{tmp_path} is not a run folder: it needs run.json." in refused(
-        "train", "--resume", str(tmp_path)
-    )
+    assert f"{tmp_path} is not a run folder: it needs run.json." in refused("train", "--resume", str(tmp_path))
 
 
 def test_an_unfinished_run_has_no_model(interrupted, refused):

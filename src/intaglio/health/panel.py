@@ -35,7 +35,8 @@ def latents(x_Nd: Tensor, log_variance_Nd: Tensor | None = None, bias_d: Tensor 
 
     ``bias`` is that of the layer that makes them, to be held against them.
     """
-    read: dict[str, Measured] = dict(geometry.ranks(x_Nd, "effective_rank", "covariance_rank", "participation_ratio"))
+    read: dict[str, Measured] = {"dimensions": Reading(float(x_Nd[0].numel()), None, len(x_Nd))} if len(x_Nd) else {}
+    read |= dict(geometry.ranks(x_Nd, "effective_rank", "covariance_rank", "participation_ratio"))
     for name, instrument in (
         ("norm", moments.norm),
         ("std", moments.std),

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from intaglio.history import Reading
+from intaglio.history import NotMeasured, Reading
 
 if TYPE_CHECKING:
     import polars as pl
@@ -78,6 +78,11 @@ class Record:
             return not (self.steps is None and self.running)
         warmup = int((self.config.get("optim") or {}).get("warmup", 0))
         return bool(s.steps[-1] >= max(0.25 * self.steps, 3 * warmup))
+
+    def early(self, name: str) -> NotMeasured | None:
+        """Why it is too early to judge what a series has come to, or None if it has settled."""
+        s = self.series[name]
+        return None if self.settled(s) else NotMeasured(f"too early: {name} was last read at step {int(s.steps[-1]):,}")
 
     @property
     def last_step(self) -> int:

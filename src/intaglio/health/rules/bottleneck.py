@@ -49,16 +49,21 @@ def posterior_collapse(record: Record, limits: Limits) -> Iterator[Finding]:
     case="V: floor .1, raw .03 to .08",
     needs=("*/*/groups_above_floor",),
     log="the share of groups above the floor as val/SITE/groups_above_floor",
-    limits={"share": 0.0},
+    limits={"share": 0.0, "parked": 0.5},
 )
-def kl_free(record: Record, limits: Limits) -> Iterator[Finding]:
+def kl_free(record: Record, limits: Limits) -> Iterator[Finding | NotMeasured]:
     """Every group sits below the free-bits floor: there is no pressure.
 
-    Seen by the share of groups whose raw KL exceeds the floor.
+    Seen by the share of groups whose raw KL exceeds the floor, where their sum is not close to it: that is kl-parked.
     """
     for name, s in record.matching("*/*/groups_above_floor").items():
-        late = s.values[len(s) // 2 :]
-        if float(late.max()) <= limits["share"]:
+        if early := record.early(name):
+            yield early
+            continue
+        where, late = name.rpartition("/")[0], s.values[len(s) // 2 :]
+        floor, raw = record.get(f"{where}/kl_charged"), record.get(f"{where}/kl_nats")
+        parked = floor is not None and raw is not None and floor.null and raw.value > limits["parked"] * floor.null
+        if float(late.max()) <= limits["share"] and not parked:
             yield Finding(
                 "kl-free",
                 "warning",
@@ -76,17 +81,22 @@ def kl_free(record: Record, limits: Limits) -> Iterator[Finding]:
     case="V: three days lost",
     needs=("*/*/kl_charged",),
     log="the charged KL as val/SITE/kl_charged and its floor as its null",
-    limits={"relative": 0.01},
+    limits={"relative": 0.03, "raw": 0.5},
 )
 def kl_parked(record: Record, limits: Limits) -> Iterator[Finding | NotMeasured]:
     """Nothing: a rate that is parked at the free-bits floor is where the term holds it; don't chase it.
 
-    Seen by charged KL within a hundredth of the floor, while exchanging latents costs the decoder something.
+    Seen by charged KL close to the floor, median of the second half, and raw KL not far below it; where exchanging
+    latents is known to cost the decoder nothing, posterior-collapse speaks instead.
     """
     for name, s in record.matching("*/*/kl_charged").items():
         if s.null is None or s.null <= 0:
             yield NotMeasured(f"{name} has no floor as its null")
-        elif len(s) >= FEWEST and np.all(np.abs(s.values[len(s) // 2 :] / s.null - 1) < limits["relative"]):
+            continue
+        raw = record.get(name.replace("kl_charged", "kl_nats"))
+        used = [c.value for c in record.matching("val/*/shuffled_latent_*_low").values()]
+        close = len(s) >= FEWEST and abs(np.median(s.values[len(s) // 2 :]) / s.null - 1) < limits["relative"]
+        if close and (raw is None or raw.value > limits["raw"] * s.null) and not (used and max(used) <= 0):
             yield Finding(
                 "kl-parked",
                 "note",
@@ -138,7 +148,8 @@ def rate_too_high(record: Record, limits: Limits) -> Iterator[Finding | NotMeasu
 def kl_units(record: Record, limits: Limits) -> Iterator[Finding | NotMeasured]:
     """The KL is meant per item and applied per token, dimension or batch, so its weight is not β.
 
-    Seen by the logged loss term beside the measured KL per item: their ratio is 1, or the number of units it hides.
+    Seen by the logged loss term beside the measured KL per item, or what free bits charge of it: their ratio is 1, or
+    the number of units it hides.
     """
     term, weight = record.get("val/loss/kl") or record.get("train/loss/kl"), record.get("train/weight/kl")
     if term is None:
@@ -146,16 +157,21 @@ def kl_units(record: Record, limits: Limits) -> Iterator[Finding | NotMeasured]:
         return
     if weight is not None and not weight.values.any():
         return  # switched off on purpose
-    measured = max((s.value for s in record.matching("val/*/kl_nats").values()), default=0.0)
-    factor = measured / max(term.value, 1e-12)
-    if measured > 1e-3 and not 1 / limits["factor"] < factor < limits["factor"]:
+    measured = record.matching("val/*/kl_charged") or record.matching("val/*/kl_nats")
+    name, read = max(measured.items(), key=lambda item: item[1].value)
+    if early := record.early(name):
+        yield early
+        return
+    nats, applied = read.value, float(np.median(term.values[-max(1, len(term) // 4) :]))
+    factor = nats / max(applied, 1e-12)
+    if nats > 1e-3 and not 1 / limits["factor"] < factor < limits["factor"]:
         beta = "" if weight is None else f" Its weight of {weight.value:g} is a β of {weight.value / factor:.2g}."
         yield Finding(
             "kl-units",
             "warning",
-            f"The term kl is {term.value:.4g}, the latent's KL {measured:.4g} nats an item: a factor of {factor:.3g} "
-            f"lies between them.{beta}",
-            {"term": term.value, "nats": measured, "factor": factor},
+            f"The term kl is {applied:.4g}, the latent's KL {nats:.4g} nats an item: a factor of {factor:.3g} lies "
+            f"between them.{beta}",
+            {"term": applied, "nats": nats, "factor": factor},
             remedies("sum the KL over dimensions and average it over items, and set the weight as β"),
             candidates=(
                 "it is averaged over dimensions or tokens: compare the factor with their number",

@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from intaglio.health.finding import Finding, remedies
 from intaglio.health.record import Record
 from intaglio.health.rule import Limits, Rule, rule
-from intaglio.health.rules.training import FEWEST
+from intaglio.health.rules.training import FEWEST, QUANTISER
 from intaglio.history import NotMeasured
 
 
@@ -26,6 +26,8 @@ def codebook_collapse(record: Record, limits: Limits) -> Iterator[Finding | NotM
     for name, s in record.matching("*/*/perplexity").items():
         if s.null is None:
             yield NotMeasured(f"{name} has no null: log the number of codes and of tokens that it rests on")
+        elif early := record.early(name):
+            yield early
         elif s.value < limits["warning"] * s.null:
             yield Finding(
                 "codebook-collapse",
@@ -47,14 +49,16 @@ def codebook_collapse(record: Record, limits: Limits) -> Iterator[Finding | NotM
     log="the age of each code's last use, and the sum of the EMA cluster sizes over the tokens of a step",
     limits={"share": 0.2, "mass": 0.2},
 )
-def codes_dead(record: Record, limits: Limits) -> Iterator[Finding]:
+def codes_dead(record: Record, limits: Limits) -> Iterator[Finding | NotMeasured]:
     """Codes are unused for long and not revived, or revived and at once overwritten.
 
     Seen by the share of codes whose last use is older than uniform codes would let it be; the EMA mass of all codes
     against the tokens counted.
     """
     for name, s in record.matching("*/*/dead_share").items():
-        if s.value > limits["share"]:
+        if early := record.early(name):
+            yield early
+        elif s.value > limits["share"]:
             yield Finding(
                 "codes-dead",
                 "warning",
@@ -65,7 +69,9 @@ def codes_dead(record: Record, limits: Limits) -> Iterator[Finding]:
                 step=int(s.steps[-1]),
             )
     for name, s in record.matching("*/*/mass_ratio").items():
-        if abs(s.value - 1) > limits["mass"]:
+        if early := record.early(name):
+            yield early
+        elif abs(s.value - 1) > limits["mass"]:
             yield Finding(
                 "codes-dead",
                 "warning",
@@ -86,13 +92,15 @@ def codes_dead(record: Record, limits: Limits) -> Iterator[Finding]:
     log="the norms of codes and of their inputs",
     limits={"times": 3.0},
 )
-def codes_displaced(record: Record, limits: Limits) -> Iterator[Finding]:
+def codes_displaced(record: Record, limits: Limits) -> Iterator[Finding | NotMeasured]:
     """The codes lie far from the data.
 
     Seen by mean norm of the codes over mean norm of the vectors that they quantise; 1 is due.
     """
     for name, s in record.matching("*/*/norm_ratio").items():
-        if not 1 / limits["times"] < s.value < limits["times"]:
+        if early := record.early(name):
+            yield early
+        elif not 1 / limits["times"] < s.value < limits["times"]:
             yield Finding(
                 "codes-displaced",
                 "fail",
@@ -172,7 +180,7 @@ def codes_polluted(record: Record, limits: Limits) -> Iterator[Finding]:
             yield Finding(
                 "codes-polluted",
                 "fail",
-                f"The codebook of {name.split('/')[1]} is updated {s.value:.1f} times in an optimizer step.",
+                f"The codebook of {name.split('/')[1]} is updated {s.value:.2f} times in an optimizer step.",
                 {"updates_per_step": s.value},
                 remedies("update it from the online branch alone, once for each optimizer step"),
                 step=int(s.steps[-1]),
@@ -206,9 +214,6 @@ def revival_threshold(record: Record, limits: Limits) -> Iterator[Finding | NotM
                 remedies("a threshold of a tenth of tokens / K, counted in optimizer steps", wait=500),
                 step=int(s.steps[-1]),
             )
-
-
-QUANTISER = ("vq", "commitment", "codebook", "quantiser")
 
 
 @rule(

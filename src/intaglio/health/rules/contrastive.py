@@ -5,10 +5,10 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from intaglio.health.finding import Finding, remedies
+from intaglio.health.finding import Finding, Severity, remedies
 from intaglio.health.record import Record
 from intaglio.health.rule import Limits, Rule, rule
-from intaglio.health.rules.training import FEWEST
+from intaglio.health.rules.training import FEWEST, LOOKS
 from intaglio.history import NotMeasured
 
 
@@ -70,7 +70,8 @@ def trivial_pair(record: Record, limits: Limits) -> Iterator[Finding]:
                 step=int(s.steps[-1]),
             )
     for name, s in record.matching("val/*/strangers_nats").items():
-        if abs(s.value) < limits["nats"]:
+        exact = abs(s.value) < 1e-9
+        if exact or (len(s) >= LOOKS and float(np.abs(s.values).max()) < limits["nats"]):
             yield Finding(
                 "trivial-pair",
                 "fail",
@@ -89,24 +90,32 @@ def trivial_pair(record: Record, limits: Limits) -> Iterator[Finding]:
     case="J: one grid three times",
     needs=("val/*/context_permuted", "val/*/context_repeated"),
     log="both trials: a monitor that is given the context runs them",
-    limits={"relative": 1e-3},
+    limits={"cost": 1e-6},
 )
 def context_order_inert(record: Record, limits: Limits) -> Iterator[Finding]:
     """Permuting or repeating the context frames changes nothing.
 
-    Seen by what a prediction costs more with its context permuted, and with one frame repeated.
+    Seen by what a prediction costs more with one frame repeated, and with frames permuted: nothing where 0 lies in the
+    interval. The order of what is a set need not matter.
     """
-    for name, s in record.matching("val/*/context_repeated").items():
-        if abs(s.value) < limits["relative"] * max(abs(s.null or 0.0), 1.0):
-            yield Finding(
-                "context-order-inert",
-                "fail",
-                f"Repeating the first context frame instead of showing all changes the loss of {name.split('/')[1]} by "
-                f"{s.value:.2g}: it sees one frame.",
-                {"cost": s.value},
-                remedies("look at what is in a context: frames that are all the same teach nothing"),
-                step=int(s.steps[-1]),
-            )
+    told: tuple[tuple[str, Severity, str], ...] = (
+        ("repeated", "fail", "Showing the first context frame alone costs {site} nothing ({cost:.2g}): it sees one."),
+        ("permuted", "warning", "The order of its context frames costs {site} nothing ({cost:.2g})."),
+    )
+    for change, severity, message in told:
+        for name, s in record.matching(f"val/*/context_{change}").items():
+            low, high = (record.get(f"{name}_{end}") for end in ("low", "high"))
+            unsure = low is not None and high is not None and low.value <= 0 <= high.value
+            if abs(s.value) < limits["cost"] or (unsure and record.settled(s)):
+                yield Finding(
+                    "context-order-inert",
+                    severity,
+                    message.format(site=name.split("/")[1], cost=s.value),
+                    {"cost": s.value},
+                    remedies("look at what is in a context: frames that are all the same teach nothing"),
+                    candidates=("the frames are one", "the predictor averages over them, as over a set"),
+                    step=int(s.steps[-1]),
+                )
 
 
 @rule(
@@ -127,11 +136,13 @@ def temperature_stuck(record: Record, limits: Limits) -> Iterator[Finding]:
             continue
         late = s.values[len(s) // 2 :]
         clamped = s.null is not None and math.isclose(float(late.min()), s.null, rel_tol=1e-3)
-        if np.ptp(s.values) <= limits["relative"] * abs(s.value) or clamped:
+        if np.ptp(late) <= limits["relative"] * abs(s.value) or clamped:
+            since = int(s.steps[np.abs(s.values - s.value) <= limits["relative"] * abs(s.value)][0])
+            stays = f"stays at {s.value:.6g}" + (f" since step {since:,}." if since > s.steps[0] else ".")
             yield Finding(
                 "temperature-stuck",
                 "warning",
-                f"{name} " + (f"lies at its clamp of {s.null:g}." if clamped else f"stays at {s.value:.6g}."),
+                f"{name} " + (f"lies at its clamp of {s.null:g}." if clamped else stays),
                 {"temperature": s.value},
                 remedies("give it a rate of its own, or leave it fixed and say so", wait=500),
                 candidates=("it is in no optimizer group: see not-in-optimizer", "the loss pushes it past its clamp"),
@@ -201,20 +212,21 @@ def queue_stale(record: Record, limits: Limits) -> Iterator[Finding]:
     case="E",
     needs=("val/*/modality_gap",),
     log="paired embeddings of a probe batch",
-    limits={"gap": 0.5, "recall": 0.1},
+    limits={"gap": 0.3, "times": 3.0, "recall": 0.1},
 )
 def modality_gap(record: Record, limits: Limits) -> Iterator[Finding | NotMeasured]:
     """Image and text embeddings lie in separate cones although paired retrieval is poor.
 
-    Seen by distance of the two centroids, with retrieval at 1 beside chance.
+    Seen by distance of the two centroids beside that of exchanged members, with retrieval at 1 beside chance.
     """
     recalls = record.matching("val/retrieval/*_r1", "val/*/top1")
     for name, s in record.matching("val/*/modality_gap").items():
         if not recalls:
             yield NotMeasured("there is no retrieval to hold the gap against")
-        elif (
-            record.settled(s) and s.value > limits["gap"] and max(r.value for r in recalls.values()) < limits["recall"]
-        ):
+            continue
+        above = max((r.value - (r.null or 0)) / (1 - (r.null or 0)) for r in recalls.values())
+        apart = s.value > max(limits["gap"], limits["times"] * (s.null or 0))
+        if record.settled(s) and apart and above < limits["recall"]:
             best = max(r.value for r in recalls.values())
             yield Finding(
                 "modality-gap",

@@ -8,7 +8,7 @@ import numpy as np
 from intaglio.health.finding import Finding, Remedy, remedies
 from intaglio.health.record import Record, Series
 from intaglio.health.rule import Limits, Rule, rule
-from intaglio.health.rules.training import FEWEST, finite, mad, rolling_median, terms
+from intaglio.health.rules.training import FEWEST, QUANTISER, finite, mad, rolling_median, terms
 from intaglio.history import NotMeasured
 
 LOWER_IS_BETTER = ("*/loss/*", "*/*/nats_per_token", "*/*/mse", "*/*/error")
@@ -119,7 +119,8 @@ def overfitting(record: Record, limits: Limits) -> Iterator[Finding | NotMeasure
     Seen by the same quantity of the same weights in the same mode, on training and on held-out items, beside the null.
     """
     pairs = {n: (s, record.get("val" + n.removeprefix("train"))) for n, s in record.matching("train/*/*").items()}
-    paired = {n: (s, v) for n, (s, v) in pairs.items() if v is not None and "/kl" not in n}
+    judged = [n for n in pairs if not any(word in n for word in ("/kl", *QUANTISER))]
+    paired = {n: (s, v) for n in judged for s, v in [pairs[n]] if v is not None}
     if "total" not in terms(record):
         paired.pop("train/loss/total", None)
     clean = {n: (s, v) for n, (s, v) in paired.items() if n.endswith("nats_per_token") and v.null is not None}

@@ -22,15 +22,27 @@ def site(name: str) -> str:
     case="E: std .0255 was the default bias of Linear(512, 1024)",
     needs=("val/*/varying_share",),
     log="latents of a probe batch: a monitor with taps reads them",
-    limits={"share": 1e-3, "bias": 0.999},
+    limits={"share": 1e-3, "bias": 0.999, "lost": 0.2},
 )
 def latent_ignores_input(record: Record, limits: Limits) -> Iterator[Finding]:
     """The latent is (nearly) the same for every input.
 
-    Seen by the share of the latents' second moment that differs between inputs: 0 where the input is ignored.
+    Seen by the share of the latents' second moment that differs between inputs, 0 where the input is ignored; that
+    share and the latents' spread against those of the first look.
     """
     for name, s in record.matching("val/*/varying_share").items():
         if s.value >= limits["share"]:
+            std = record.get(f"val/{site(name)}/std")
+            if std is not None and all(x.value < limits["lost"] * float(x.values[0]) for x in (s, std)):
+                yield Finding(
+                    "latent-ignores-input",
+                    "warning",
+                    f"{site(name)} is collapsing: its spread fell from {std.values[0]:.3g} to {std.value:.3g}, and the "
+                    f"share of it that differs between inputs from {s.values[0]:.2f} to {s.value:.2g}.",
+                    {"varying_share": s.value, "std": std.value},
+                    remedies("a variance term or SIGReg", "stop the gradient of the targets", wait=500),
+                    step=int(s.steps[-1]),
+                )
             continue
         bias = record.get(f"val/{site(name)}/bias_share")
         constant = bias is not None and bias.value > limits["bias"]
@@ -62,13 +74,17 @@ def latent_ignores_input(record: Record, limits: Limits) -> Iterator[Finding]:
 def rank_collapse(record: Record, limits: Limits) -> Iterator[Finding | NotMeasured]:
     """Few directions carry the latents' variance.
 
-    Seen by effective rank (entropy of the covariance's eigenvalues) over that of as many Gaussian vectors.
+    Seen by effective rank (entropy of the covariance's eigenvalues) over that of as many Gaussian vectors, both less 1,
+    which is the least.
     """
     for name, s in record.matching("val/*/covariance_rank").items():
         if s.null is None:
             yield NotMeasured(f"{name} has no null")
             continue
-        share = s.value / s.null
+        if early := record.early(name):
+            yield early
+            continue
+        share = (s.value - 1) / max(s.null - 1, 1e-9)  # a rank is at least 1
         if share < limits["warning"]:
             yield Finding(
                 "rank-collapse",

@@ -168,12 +168,16 @@ def free_running_gap(record: Record, limits: Limits) -> Iterator[Finding | NotMe
     log="accuracy of each question type as val/answer.TYPE/accuracy with its majority as null",
     limits={"nats": 0.05, "gain": 0.02},
 )
-def question_only(record: Record, limits: Limits) -> Iterator[Finding]:
+def question_only(record: Record, limits: Limits) -> Iterator[Finding | NotMeasured]:
     """Answers do not need the image, or are no better than the commonest one.
 
     Seen by accuracy by question type beside the majority answer's; what another image costs.
     """
+    early = [record.early(name) for name in record.matching("val/answer/shuffled_image_nats", "val/answer.*/accuracy")]
     swapped = record.get("val/answer/shuffled_image_nats")
+    if any(early) and not (swapped is not None and swapped.value == 0):
+        yield next(filter(None, early))
+        return
     if swapped is not None and swapped.value < limits["nats"]:
         yield Finding(
             "question-only",

@@ -1,6 +1,5 @@
 """Any training: what a history of numbers shows of it. No torch."""
 
-import math
 from collections.abc import Iterator, Mapping
 
 import numpy as np
@@ -10,10 +9,17 @@ from intaglio.health.record import Record, Series
 from intaglio.health.rule import Limits, Rule, rule
 from intaglio.history import NotMeasured
 
+LOOKS = 3
+"""Looks that must agree before a zero is more than the start of a run, as of a KL below its free bits."""
+
 FEWEST = 8
 """Rows of a series below which nothing is said of its course."""
 
 MINIMISED = ("train/loss/*", "val/loss/*", "train/caption/nats_per_token", "val/caption/nats_per_token")
+
+
+QUANTISER = ("vq", "commitment", "codebook", "quantiser")
+"""Words in the names of a quantiser's loss terms, which rise where latents grow, and are no loss of the model."""
 
 
 def mad(x: np.ndarray) -> float:
@@ -70,8 +76,11 @@ def diverged(record: Record, limits: Limits) -> Iterator[Finding | NotMeasured]:
     deviations of that stretch; a loss must also have given up a share of what it had gained.
     """
     looked = False
-    for name, s in settled(record, record.matching(*MINIMISED)).items():
-        if "/kl" in name or len(s) < FEWEST:
+    curves = settled(record, record.matching(*MINIMISED))
+    for name, s in curves.items():
+        if name.endswith("/total") and len([n for n in curves if n.startswith(name[:-5])]) > 1:
+            continue  # its terms are judged, of which some may rise by right
+        if len(s) < FEWEST or any(word in name for word in ("/kl", *QUANTISER)):
             continue
         looked = True
         width = max(3, len(s) // 4)
@@ -195,9 +204,11 @@ def term_inert(record: Record, limits: Limits) -> Iterator[Finding]:
     for term, s in terms(record).items():
         if term in weights and not weights[term].values.any():
             continue  # switched off on purpose
+        if term.startswith("kl") and record.matching("*/*/groups_above_floor"):
+            continue  # under free bits: kl-free and kl-parked judge it
         norm = record.get(f"train/term.{term}/gradient_norm")
         flat = len(s) >= FEWEST and float(np.ptp(s.values)) <= limits["spread"] * max(1e-12, abs(s.value))
-        zero = norm is not None and len(norm) > 0 and not (norm.values > 0).any()
+        zero = norm is not None and not (norm.values > 0).any() and (len(norm) >= LOOKS or record.settled(norm))
         if zero or flat:
             what = "its gradient is zero" if zero else f"it has been {s.value:.6g} in all {len(s)} rows"
             yield Finding(
@@ -216,7 +227,7 @@ def term_inert(record: Record, limits: Limits) -> Iterator[Finding]:
     case="J: relational at six times the rest",
     needs=("train/term.*/gradient_share",),
     log="the gradient norm of each term as train/term.NAME/gradient_share",
-    limits={"share": 0.95, "cosine": -0.5},
+    limits={"share": 0.95, "opposed": 0.8, "cosine": -0.5},
 )
 def term_dominates(record: Record, limits: Limits) -> Iterator[Finding]:
     """One loss term's gradient dwarfs or opposes all others.
@@ -234,7 +245,7 @@ def term_dominates(record: Record, limits: Limits) -> Iterator[Finding]:
             len(shares) > 1
             and len(late) > 1
             and record.settled(s)
-            and (share > limits["share"] or (against and share > 1 / len(shares)))
+            and share > limits["opposed" if against else "share"]
         ):
             evidence = {"share": share, "equal_share": 1 / len(shares)}
             yield Finding(
@@ -387,12 +398,6 @@ def settled(record: Record, found: Mapping[str, Series]) -> dict[str, Series]:
     warmup = int((record.config.get("optim") or {}).get("warmup", 0))
     kept = {n: finite(s) for n, s in found.items() if not (moving and n.endswith("/total"))}
     return {n: s.after(warmup) if warmup else s for n, s in kept.items()}
-
-
-def known_constants(record: Record) -> dict[str, float]:
-    """Values that a loss takes where nothing has been learnt, by what they are."""
-    batch = (record.config.get("train") or {}).get("batch_size")
-    return {f"ln {batch}, of a batch": math.log(batch)} if batch and batch > 1 else {}
 
 
 RULES: tuple[Rule, ...] = (
