@@ -222,9 +222,18 @@ def test_diagnose_answers_in_words_json_and_exit_codes(healthy, capsys, tmp_path
         (["diagnose", str(tmp_path)], "is not a run folder"),
         (["diagnose", str(healthy.path), "--rule", "near-chanse"], "did you mean 'near-chance'"),
         (["diagnose", str(healthy.path), "--profile", "documant"], "There is no profile"),
+        (["diagnose", "--explain", "memry-short"], "There is no rule 'memry-short'"),
     ):
         assert main(words) == 2
         assert said in capsys.readouterr().err
+
+
+def test_the_documents_profile_says_where_it_is_wrong_and_why(healthy, capsys):
+    assert main(["diagnose", str(healthy.path), "--profile", "documents"]) in (0, 1)
+    said = capsys.readouterr().out
+    assert "from “effective rank of targets > 5 of 256”, is wrong: Gaussian noise" in said
+    assert main(["diagnose", "--explain", "memory-short"]) == 0
+    assert "Seen by intaglio check" in capsys.readouterr().out
 
 
 def test_trials_on_a_finished_run_write_their_readings(healthy):

@@ -71,7 +71,8 @@ def _train(a: Arguments) -> int:
     record = folder.record
     if a.json:
         _print_json({"run": str(folder.path), "status": record["status"], "step": record["step"]})
-    return {"SIGINT": 130, "SIGTERM": 143}.get(record.get("stopped_by", ""), 0)
+    stopped = record.get("stopped_by") or ""
+    return 1 if stopped.startswith("health: ") else {"SIGINT": 130, "SIGTERM": 143}.get(stopped, 0)
 
 
 def _check(a: Arguments) -> int:
@@ -108,11 +109,18 @@ def _evaluate(a: Arguments) -> int:
 
 
 def _diagnose(a: Arguments) -> int:
-    from intaglio.health.diagnosis import chosen, diagnose_run, explain
+    from intaglio.health.diagnosis import chosen, diagnose_run, explain, marks
 
     if a.explain:
-        (rule,) = chosen([a.explain])
-        print(explain(rule))
+        from intaglio.health.rules import all_rules
+
+        if a.explain not in {r.id for r in all_rules()}:  # some are seen before training alone, and need torch
+            from intaglio.health.pages import before_training
+
+            if a.explain in (early := before_training()):
+                print(f"{a.explain}\n\nSeen by intaglio check: " + "; ".join(early[a.explain]))
+                return 0
+        print(explain(*chosen([a.explain])))
         return 0
     if a.run is None:
         raise ValueError("which run? Give its folder or its name; or --explain RULE.")
@@ -122,11 +130,13 @@ def _diagnose(a: Arguments) -> int:
         look_again(a.run)
     diagnosis = diagnose_run(a.run, a.profile, a.rule or ())
     if a.json:
-        _print_json(diagnosis.as_dict())
+        _print_json(diagnosis.as_dict() | {"profile": {"name": a.profile, "marks": marks(a.profile)}})
     else:
         from intaglio.reports.summary import verdict_lines
 
         print("\n".join(verdict_lines(diagnosis)))
+        if told := marks(a.profile):
+            print("\n".join([f"limits of the profile {a.profile}:", *(f"  {mark}" for mark in told)]))
     return {"failing": 1, "cannot tell": 3}.get(diagnosis.verdict, 0)
 
 

@@ -191,6 +191,22 @@ def load_profile(name: str | Path) -> dict[str, Limits]:
     Raises:
         ValueError: an unknown profile, rule or limit, with the nearest right one.
     """
+    return {rule: {limit: mark["value"] for limit, mark in limits.items()} for rule, limits in _profile(name).items()}
+
+
+def marks(name: str | Path) -> list[str]:
+    """What a profile says of its limits: where each comes from, and why it is wrong, a line for each."""
+    return [
+        f"{rule}: {limit} {mark['value']:g}"
+        + (f", from “{mark['document']}”" if "document" in mark else "")
+        + (f", is wrong: {mark['wrong']}" if "wrong" in mark else "")
+        for rule, limits in _profile(name).items()
+        for limit, mark in limits.items()
+    ]
+
+
+def _profile(name: str | Path) -> dict[str, dict[str, dict[str, Any]]]:
+    """By rule and limit: ``value``, and where given ``document`` and ``wrong``."""
     import yaml
 
     if str(name) == "default":
@@ -203,10 +219,12 @@ def load_profile(name: str | Path) -> dict[str, Limits]:
     if not isinstance(tree, dict) or not all(isinstance(v, dict) for v in tree.values()):
         raise ValueError(f"Profile {name}: write rules with their limits below them, as near-chance: {{share: 0.2}}.")
     for r in chosen(tree):
-        for limit, value in tree[r.id].items():
+        for limit, given in tree[r.id].items():
             if limit not in r.limits:
                 near = difflib.get_close_matches(str(limit), r.limits, 1) or sorted(r.limits)
                 raise ValueError(f"Profile {name}: {r.id} has no limit {limit!r}; it has {', '.join(near) or 'none'}.")
-            if not isinstance(value, int | float):
-                raise ValueError(f"Profile {name}: {r.id}.{limit} is {value!r}; it must be a number.")
+            mark = given if isinstance(given, dict) else {"value": given}
+            if isinstance(mark.get("value"), bool) or not isinstance(mark.get("value"), int | float):
+                raise ValueError(f"Profile {name}: {r.id}.{limit} is {given!r}; it must be a number.")
+            tree[r.id][limit] = mark
     return tree
