@@ -4,6 +4,7 @@ Nothing here changes a weight, a buffer, a gradient, a mode or the global genera
 """
 
 import hashlib
+import random
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -18,7 +19,7 @@ def parameters(model: nn.Module) -> dict[str, Any]:
     """How many parameters are trained, and tensors that are one but of which only some are trained."""
     owners: dict[int, list[tuple[str, bool]]] = defaultdict(list)
     for name, p in model.named_parameters(remove_duplicate=False):
-        owners[p.data_ptr() if p.numel() else id(p)].append((name, p.requires_grad))
+        owners[p.data_ptr() or id(p)].append((name, p.requires_grad))  # empty and meta tensors have no address
     frozen = [[name for name, _ in shared] for shared in owners.values() if len({trained for _, trained in shared}) > 1]
     tied = [[n for n, _ in shared] for shared in owners.values() if len(shared) > 1 and not any(t for _, t in shared)]
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
@@ -29,7 +30,7 @@ def without_gradient(model: nn.Module) -> dict[str, int]:
     """Parameters, by module, whose gradient is absent or all zero after a backward pass: {module: count}."""
     silent: dict[str, int] = defaultdict(int)
     for name, p in model.named_parameters():
-        if p.requires_grad and (p.grad is None or not bool(p.grad.any())):
+        if p.requires_grad and p.numel() and (p.grad is None or not bool(p.grad.any())):
             silent[name.rpartition(".")[0] or name] += p.numel()
     return dict(silent)
 
@@ -42,11 +43,11 @@ class Silence:
         self.sizes: dict[str, int] = {}
 
     def look(self, model: nn.Module) -> None:
-        """One backward pass; tensors that had a gradient once are not looked at again."""
-        trained = {n: p for n, p in model.named_parameters() if p.requires_grad}
+        """One backward pass; tensors that had a gradient once, or were frozen since, are not looked at again."""
+        trained = {n: p for n, p in model.named_parameters() if p.requires_grad and p.numel()}
         if self.silent is None:
             self.silent, self.sizes = set(trained), {n: p.numel() for n, p in trained.items()}
-        self.silent = {n for n in self.silent if (g := trained[n].grad) is None or not bool(g.any())}
+        self.silent = {n for n in self.silent & trained.keys() if (g := trained[n].grad) is None or not bool(g.any())}
 
     def by_module(self) -> dict[str, int]:
         """{module: parameters that never had a gradient}."""
@@ -63,21 +64,20 @@ def not_in_optimizer(model: nn.Module, optimizer: torch.optim.Optimizer) -> list
 
 
 def fingerprints(model: nn.Module) -> dict[str, str]:
-    """A digest of every parameter and buffer, by name."""
-    return {n: _digest(t) for n, t in model.state_dict(keep_vars=True).items() if isinstance(t, Tensor)}
+    """A digest of every parameter and buffer, saved or not, by name: the first of the names of one that is tied."""
+    return {n: _digest(t) for n, t in (*model.named_parameters(), *model.named_buffers())}
 
 
 def unmoved(model: nn.Module, before: Mapping[str, str], optimizer: torch.optim.Optimizer) -> list[str]:
     """Trainable tensors in the optimizer, at a rate that is not 0, that are what they were ``before``."""
     moving = {id(p) for group in optimizer.param_groups if group["lr"] for p in group["params"]}
-    return [
-        n for n, p in model.named_parameters() if p.requires_grad and id(p) in moving and before.get(n) == _digest(p)
-    ]
+    trained = [(n, p) for n, p in model.named_parameters() if p.requires_grad and p.numel() and id(p) in moving]
+    return [n for n, p in trained if before.get(n) == _digest(p)]
 
 
 @contextmanager
 def around_validation(model: nn.Module, facts: dict[str, Any]) -> Iterator[None]:
-    """Writes into ``facts`` which tensors a look at held-out items changed, and which modules it left in training."""
+    """Writes into ``facts`` which tensors a look at held-out items changed."""
     before = fingerprints(model)
     yield
     after = fingerprints(model)
@@ -85,17 +85,29 @@ def around_validation(model: nn.Module, facts: dict[str, Any]) -> Iterator[None]
 
 
 @contextmanager
+def _generators_kept() -> Iterator[None]:
+    """Afterwards the generators of torch, CUDA if in use, Python and numpy are where they were."""
+    devices = list(range(torch.cuda.device_count())) if torch.cuda.is_initialized() else []
+    python, numpy = random.getstate(), np.random.get_state()
+    with torch.random.fork_rng(devices=devices):
+        try:
+            yield
+        finally:
+            random.setstate(python)
+            np.random.set_state(numpy)
+
+
+@contextmanager
 def undisturbed(model: nn.Module) -> Iterator[None]:
     """Inside, the model is in eval mode; afterwards modes and generators are what they were."""
-    training = [m for m in model.modules() if m.training]
-    devices = list(range(torch.cuda.device_count())) if torch.cuda.is_initialized() else []
-    with torch.random.fork_rng(devices=devices):
+    modes = [(m, m.training) for m in model.modules()]
+    with _generators_kept():
         model.eval()
         try:
             yield
         finally:
-            for module in training:
-                module.training = True
+            for module, training in modes:
+                module.training = training
 
 
 def ranges(targets: Tensor, low: float, high: float) -> dict[str, float]:
@@ -105,9 +117,16 @@ def ranges(targets: Tensor, low: float, high: float) -> dict[str, float]:
 
 
 def augmentation(change: Callable[[Tensor], Tensor], items_B: Tensor, draws: int = 4) -> dict[str, float]:
-    """The share of items that ``change`` alters, and the share for which two draws differ."""
-    with torch.random.fork_rng(devices=[]), torch.no_grad():
-        torch.manual_seed(0)
+    """The share of items that ``change`` alters, and the share for which two draws differ.
+
+    Chance comes from a fixed seed, be it torch's, CUDA's, Python's or numpy's.
+    """
+    with _generators_kept(), torch.no_grad():
+        torch.default_generator.manual_seed(0)
+        if torch.cuda.is_initialized():
+            torch.cuda.manual_seed_all(0)
+        random.seed(0)
+        np.random.seed(0)
         made = [torch.stack([change(x) for x in items_B]) for _ in range(draws)]
     changed = np.mean([(m != items_B).flatten(1).any(1).double().mean().item() for m in made])
     differ = (torch.stack([(m != made[0]).flatten(1).any(1) for m in made[1:]])).any(0).double().mean()
@@ -136,5 +155,5 @@ def leaks(train: Sequence[bytes] | np.ndarray, held_out: Sequence[bytes] | np.nd
 
 def _digest(tensor: Tensor) -> str:
     """Of the bytes: NaN equals itself, and 0 is not −0."""
-    raw = tensor.detach().cpu().contiguous().flatten().view(torch.uint8) if tensor.numel() else tensor.detach().cpu()
+    raw = tensor.detach().cpu().contiguous().flatten().view(torch.uint8)
     return hashlib.blake2b(raw.numpy().tobytes(), digest_size=16).hexdigest()

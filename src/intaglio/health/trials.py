@@ -1,7 +1,7 @@
 """Interventions on a live model with a fixed probe batch: change one thing, and see what it costs.
 
 Shapes: N items, d latent dimensions, B batch. Nothing here keeps a gradient, touches the global generator or leaves a
-weight, a buffer or a mode changed.
+weight, a buffer or a mode changed; what a function that is passed in changes when called is its own affair.
 """
 
 from collections.abc import Callable, Iterator, Mapping
@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from intaglio.data import order
+from intaglio.health.instruments.measured import vectors
 from intaglio.history import Measured, NotMeasured, Reading
 from intaglio.history.reading import ratio
 
@@ -27,6 +28,15 @@ def exchanged(latents_Nd: Tensor, prior_Nd: Tensor | None = None) -> dict[str, T
     return others | ({} if prior_Nd is None else {"prior": prior_Nd})
 
 
+def _rise(other: np.ndarray, own: np.ndarray, units: np.ndarray | None = None) -> Measured:
+    """What losses (N,) rise by a unit, or how many of them are not finite."""
+    bad = int((~(np.isfinite(other) & np.isfinite(own))).sum())
+    if bad:
+        return NotMeasured(f"{bad} of {len(own)} losses are not finite")
+    units = np.ones(len(own)) if units is None else units
+    return ratio(other - own, units, 0.0) if units.sum() > 0 else NotMeasured("no item has a unit to count the loss by")
+
+
 def cost_of_exchange(
     loss: Callable[[Tensor], tuple[np.ndarray, np.ndarray]], latents_Nd: Tensor, prior_Nd: Tensor | None = None
 ) -> dict[str, Measured]:
@@ -37,9 +47,9 @@ def cost_of_exchange(
     """
     if len(latents_Nd) < 2:
         few = NotMeasured("it takes two items to exchange latents between")
-        return dict.fromkeys(("shuffled", "zero", "mean"), few)
+        return dict.fromkeys(("shuffled", "zero", "mean", *(["prior"] if prior_Nd is not None else [])), few)
     own, units = loss(latents_Nd)
-    return {name: ratio(loss(other)[0] - own, units, 0.0) for name, other in exchanged(latents_Nd, prior_Nd).items()}
+    return {name: _rise(loss(other)[0], own, units) for name, other in exchanged(latents_Nd, prior_Nd).items()}
 
 
 @contextmanager
@@ -51,7 +61,7 @@ def randomised(module: nn.Module, seed: int = 0) -> Iterator[int]:
     generator = torch.Generator().manual_seed(seed)
     kept = {name: p.data for name, p in module.named_parameters()}
     try:
-        for p in module.parameters():
+        for p in (p for p in module.parameters() if p.numel()):
             spread = float(p.data.float().std(correction=0)) or 0.1 * float(p.data.float().abs().mean()) or 0.1
             noise = torch.randn(p.shape, generator=generator).to(p)
             p.data = p.data.float().mean().to(p) + spread * noise
@@ -72,12 +82,12 @@ def cost_of_randomising(
     own = loss()
     costs: dict[str, Measured] = {}
     for name, module in modules.items():
-        if not any(True for _ in module.parameters()):
+        if not sum(p.numel() for p in module.parameters()):
             costs[name] = NotMeasured(f"{name} has no weights")
             continue
         with randomised(module, seed):
             other = loss()
-        costs[name] = ratio(other - own, np.ones(len(own)), 0.0)
+        costs[name] = _rise(other, own)
     return costs
 
 
@@ -86,18 +96,22 @@ def batch_dependence(encode: Callable[[Tensor], Tensor], batch_B: Tensor) -> dic
     """How much an item's output depends on what it is batched with, as a share of the outputs' spread; null 0.
 
     ``order``: the batch reversed. ``company``: the first half alone. BatchNorm in training mode, or any statistic over
-    the batch, is seen in the second; rounding stays below 1e-3.
+    the batch, is seen in the second; rounding stays below 1e-3. ``encode`` is called three times, and what it changes
+    by itself, as BatchNorm in training its buffers, stays changed.
     """
     if len(batch_B) < 4:
         few = NotMeasured("it takes four items to see what company changes")
         return {"order": few, "company": few}
-    whole = encode(batch_B).flatten(1).double()
-    spread = float((whole - whole.mean(0)).square().mean().sqrt()) or 1.0
     half = len(batch_B) // 2
-    reversed_ = encode(batch_B.flip(0)).flatten(1).double().flip(0)
-    alone = encode(batch_B[:half]).flatten(1).double()
+    made = [encode(x) for x in (batch_B, batch_B.flip(0), batch_B[:half])]
+    outputs = [vectors(y.reshape(len(y), -1).double(), what="outputs") for y in made]
+    for y in outputs:
+        if isinstance(y, NotMeasured):
+            return {"order": y, "company": y}
+    whole, reversed_, alone = (y for y in outputs if isinstance(y, Tensor))
+    spread = float((whole - whole.mean(0)).square().mean().sqrt()) or 1.0
     return {
-        "order": Reading(float((reversed_ - whole).square().mean().sqrt()) / spread, 0.0, len(batch_B)),
+        "order": Reading(float((reversed_.flip(0) - whole).square().mean().sqrt()) / spread, 0.0, len(batch_B)),
         "company": Reading(float((alone - whole[:half]).square().mean().sqrt()) / spread, 0.0, half),
     }
 
@@ -111,7 +125,10 @@ def cost_of_strangers(loss: Callable[[Tensor, Tensor], Tensor], a_ND: Tensor, b_
     """
     if len(a_ND) < 2:
         return NotMeasured("it takes two pairs to exchange partners")
-    return Reading(float(loss(a_ND, b_ND.roll(1, 0)) - loss(a_ND, b_ND)), 0.0, len(a_ND))
+    other, own = float(loss(a_ND, b_ND.roll(1, 0))), float(loss(a_ND, b_ND))
+    if not np.isfinite([other, own]).all():
+        return NotMeasured(f"the loss is {own}, and {other} with partners exchanged")
+    return Reading(other - own, 0.0, len(a_ND))
 
 
 @torch.no_grad()
@@ -119,22 +136,23 @@ def distinct_views(a: Tensor, b: Tensor) -> Measured:
     """The share of items whose two views differ at all; 1 is due, and 0 is ``trivial-pair``."""
     if a.shape != b.shape:
         return Reading(1.0, None, len(a))
-    return Reading(float((a != b).flatten(1).any(1).double().mean()), None, len(a))
+    if not len(a):
+        return NotMeasured("N too small: there are no pairs")
+    return Reading(float((a != b).reshape(len(a), -1).any(1).double().mean()), None, len(a))
 
 
 @torch.no_grad()
 def cost_of_context(loss: Callable[[Tensor], np.ndarray], context_BK: Tensor) -> dict[str, Measured]:
     """What each item's loss rises by when its K context frames (B, K, …) are permuted, or are all the first; null 0.
 
-    A predictor whose context is one frame repeated, or that averages over frames, costs 0.
+    Where the context is one frame repeated both are 0; of a predictor that averages over frames ``permuted`` is.
     """
     frames = context_BK.shape[1]
     if frames < 2:
         few = NotMeasured("there is a single context frame")
         return {"permuted": few, "repeated": few}
     own = loss(context_BK)
-    units = np.ones(len(own))
     return {
-        "permuted": ratio(loss(context_BK.roll(1, 1)) - own, units, 0.0),
-        "repeated": ratio(loss(context_BK[:, :1].expand_as(context_BK)) - own, units, 0.0),
+        "permuted": _rise(loss(context_BK.roll(1, 1)), own),
+        "repeated": _rise(loss(context_BK[:, :1].expand_as(context_BK)), own),
     }

@@ -1,6 +1,7 @@
 """KL bottlenecks: how many nats a latent holds, where, what is charged for, and what that says of the input.
 
 Shapes: N items, d dimensions of q(z|x) = N(mean, exp(log_variance)), G groups of them. Nats. Computed in float64.
+Means and log-variances of different shapes are a ValueError.
 """
 
 import math
@@ -8,8 +9,11 @@ import math
 import torch
 from torch import Tensor
 
-from intaglio.health.instruments.measured import vectors
+from intaglio.health.instruments.measured import paired, posterior
 from intaglio.history import Measured, NotMeasured, Reading
+
+CHUNK = 2**18
+"""Differences of means that are held at a time."""
 
 
 def kl_per_dimension(mean: Tensor, log_variance: Tensor) -> Tensor:
@@ -18,16 +22,9 @@ def kl_per_dimension(mean: Tensor, log_variance: Tensor) -> Tensor:
     return (0.5 * (m.square() + v.exp() - 1 - v)).mean(0)
 
 
-def _checked(mean: Tensor, log_variance: Tensor) -> tuple[Tensor, Tensor] | NotMeasured:
-    m, v = vectors(mean, least=1, what="means"), vectors(log_variance, least=1, what="log-variances")
-    if isinstance(m, NotMeasured):
-        return m
-    return v if isinstance(v, NotMeasured) else (m, v)
-
-
 def kl_nats(mean: Tensor, log_variance: Tensor) -> Measured:
     """KL(q(z|x) || N(0, I)) per item, raw, all dimensions; null 0, of a posterior that is the prior."""
-    pair = _checked(mean, log_variance)
+    pair = posterior(mean, log_variance)
     if isinstance(pair, NotMeasured):
         return pair
     return Reading(float(kl_per_dimension(*pair).sum()), 0.0, len(mean))
@@ -39,7 +36,7 @@ def kl_charged(mean: Tensor, log_variance: Tensor, floor: float, groups: int) ->
     Raises:
         ValueError: the dimensions do not fall into that many groups.
     """
-    pair = _checked(mean, log_variance)
+    pair = posterior(mean, log_variance)
     if isinstance(pair, NotMeasured):
         return pair
     return Reading(float(_by_group(*pair, groups).clamp_min(floor).sum()), groups * floor, len(mean))
@@ -47,7 +44,7 @@ def kl_charged(mean: Tensor, log_variance: Tensor, floor: float, groups: int) ->
 
 def groups_above_floor(mean: Tensor, log_variance: Tensor, floor: float, groups: int) -> Measured:
     """The share of groups whose KL exceeds the floor, so that the term has a gradient for them; null 0."""
-    pair = _checked(mean, log_variance)
+    pair = posterior(mean, log_variance)
     if isinstance(pair, NotMeasured):
         return pair
     return Reading(float((_by_group(*pair, groups) > floor).double().mean()), 0.0, len(mean))
@@ -64,9 +61,9 @@ def aggregate_nats(mean: Tensor, log_variance: Tensor) -> Measured:
     """KL(N(m, diag s²) || N(0, I)) of the aggregate posterior's mean and variances, in all: where samples go missing.
 
     By moments, dimension by dimension: a lower bound that ignores correlations and shapes, but is right at any N. Null:
-    of N draws from N(0, I), whose sample moments are off by d · 3/(4N).
+    d/N, of N draws from N(0, I): half of 1/N for the mean and as much for the variance of each dimension.
     """
-    pair = _checked(mean, log_variance)
+    pair = posterior(mean, log_variance)
     if isinstance(pair, NotMeasured):
         return pair
     m, v = pair
@@ -74,7 +71,7 @@ def aggregate_nats(mean: Tensor, log_variance: Tensor) -> Measured:
     if n < 2:
         return NotMeasured("N too small: one item has no spread")
     centre, variance = m.mean(0), m.var(0) + v.exp().mean(0)
-    return Reading(float(0.5 * (centre.square() + variance - 1 - variance.log()).sum()), 0.75 * d / n, n)
+    return Reading(float(0.5 * (centre.square() + variance - 1 - variance.log()).sum()), d / n, n)
 
 
 def mutual_information(mean: Tensor, log_variance: Tensor) -> Measured:
@@ -83,7 +80,7 @@ def mutual_information(mean: Tensor, log_variance: Tensor) -> Measured:
     The minibatch bound of Poole et al. 2019, eq. 10 (InfoNCE with the true density ratio). Null 0; a value within 1 nat
     of ln N says only that there is more.
     """
-    pair = _checked(mean, log_variance)
+    pair = posterior(mean, log_variance)
     if isinstance(pair, NotMeasured):
         return pair
     m, v = pair
@@ -91,12 +88,16 @@ def mutual_information(mean: Tensor, log_variance: Tensor) -> Measured:
     if n < 2:
         return NotMeasured("N too small: it takes two items to tell apart")
     noise = torch.randn(m.shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64).to(m.device)
-    z = m + noise * (0.5 * v).exp()
-    own = -0.5 * (noise.square() + v).sum(1)
-    precision = (-v).exp()
-    squares = z.square() @ precision.T - 2 * z @ (m * precision).T + (m.square() * precision).sum(1)
-    others = -0.5 * (squares + v.sum(1))
-    return Reading(float((own - others.logsumexp(1) + math.log(n)).mean()), 0.0, n)
+    off, narrow = noise * (0.5 * v).exp(), (-0.5 * v).exp()
+    rows = max(1, CHUNK // m.numel())
+    squares = torch.cat(  # (zᵢ − mⱼ)² / σⱼ², the noise added last, so that it is not rounded off a mean
+        [
+            (some[:, None] - m).add_(by[:, None]).mul_(narrow).square_().sum(2)
+            for some, by in zip(m.split(rows), off.split(rows), strict=True)
+        ]
+    )
+    each = -0.5 * (squares + v.sum(1))
+    return Reading(math.log(n) + float((each.diagonal() - each.logsumexp(1)).mean()), 0.0, n)
 
 
 def noise_ratio(latents: Tensor, mean: Tensor, log_variance: Tensor) -> Measured:
@@ -104,12 +105,12 @@ def noise_ratio(latents: Tensor, mean: Tensor, log_variance: Tensor) -> Measured
 
     Null 1, of z ~ q(z|x), for which KL is charged; its standard error is 1/√(2Nd). 0 where the means are given.
     """
-    z, pair = vectors(latents, least=1), _checked(mean, log_variance)
-    if isinstance(z, NotMeasured):
-        return z
-    if isinstance(pair, NotMeasured):
-        return pair
-    m, v = pair
+    drawn, both = paired(latents, mean, 1, "latents and means"), posterior(mean, log_variance)
+    if isinstance(drawn, NotMeasured):
+        return drawn
+    if isinstance(both, NotMeasured):
+        return both
+    (z, m), v = drawn, both[1]
     return Reading(float(((z - m) * (-0.5 * v).exp()).square().mean().sqrt()), 1.0, len(z))
 
 
@@ -119,7 +120,27 @@ def tie_rate(scores_NM: Tensor) -> Measured:
     Null 0, of scores that always differ; 1 where all are the same.
     """
     n, m = scores_NM.shape
-    if m < 2:
-        return NotMeasured("a single sample an item cannot be ranked")
+    if m < 2 or not n:
+        return NotMeasured("a single sample an item cannot be ranked" if n else "N too small: there are no items")
+    if nan := int(scores_NM.isnan().sum()):
+        return NotMeasured(f"{nan} of {n * m} scores are NaN, which equals nothing")
     equal = (scores_NM[:, :, None] == scores_NM[:, None, :]).sum((1, 2)) - m
     return Reading(float(equal.double().mean()) / (m * (m - 1)), 0.0, n)
+
+
+def entropy_nats(labels_N: Tensor) -> Measured:
+    """The entropy of answers, plug-in with the correction (classes seen − 1) / 2N (Miller 1955).
+
+    Null ln(classes seen), of answers that are equally frequent; 0 where all are the same.
+
+    Raises:
+        ValueError: not one integer an item.
+    """
+    if labels_N.ndim != 1 or labels_N.is_floating_point() or labels_N.is_complex():
+        raise ValueError(f"answers are {labels_N.dtype} {tuple(labels_N.shape)}; give an integer an item, (N,).")
+    n = len(labels_N)
+    if n < 2:
+        return NotMeasured(f"N too small: {n} answers, and it takes 2")
+    counts = labels_N.unique(return_counts=True)[1]
+    entropy = float(torch.special.entr(counts.double() / n).sum())
+    return Reading(entropy + (len(counts) - 1) / (2 * n), math.log(len(counts)), n)

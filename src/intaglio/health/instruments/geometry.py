@@ -9,53 +9,61 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from intaglio.health.instruments.measured import moving, vectors
+from intaglio.health.instruments.measured import moving, paired, vectors
 from intaglio.history import Measured, NotMeasured, Reading
 
 LEAST_RATIO = 2.0
 """N/d below which a rank says more of N than of the latents."""
 
-LARGEST = 1024
-"""Vectors of the simulation of nulls; more of them are simulated at the same N/d, since only that matters."""
+LARGEST = 200_000
+"""Numbers in a simulated sample; larger ones are simulated at the same N/d, since only that matters."""
+MOST_DRAWS = 2048
 
 
 def spectrum(x_Nd: Tensor, centred: bool = True) -> Tensor:
-    """Eigenvalues of the covariance (or second moment), descending, min(N, d) of them."""
-    x = x_Nd - x_Nd.mean(0) if centred else x_Nd
-    gram = x @ x.T if len(x) < x.shape[1] else x.T @ x
-    return torch.linalg.eigvalsh(gram / len(x)).flip(0).clamp_min(0)
+    """Eigenvalues of the covariance (or second moment), descending, min(N, d) of them; of several samples at once."""
+    n, d = x_Nd.shape[-2:]
+    x = x_Nd - x_Nd.mean(-2, keepdim=True) if centred else x_Nd
+    gram = x @ x.mT if n < d else x.mT @ x
+    return torch.linalg.eigvalsh(gram / n).flip(-1).clamp_min(0)
 
 
-def _entropy_rank(weights: Tensor) -> float:
+def _entropy_rank(weights: Tensor) -> Tensor:
     """exp of the entropy of the normalised weights (Roy & Vetterli 2007, eq. 2–3)."""
-    p = weights / weights.sum()
-    return float(torch.special.entr(p).sum().exp())
-
-
-def _participation(eigenvalues: Tensor) -> float:
-    """(Σλ)² / Σλ² (Gao et al. 2017)."""
-    return float(eigenvalues.sum().square() / eigenvalues.square().sum())
+    p = weights / weights.sum(-1, keepdim=True)
+    return torch.special.entr(p).sum(-1).exp()
 
 
 @lru_cache(maxsize=256)
 def gaussian_null(quantity: str, n: int, d: int) -> float:
-    """The quantity for N isotropic Gaussian vectors of d dimensions, simulated once from a fixed seed.
+    """The mean of the quantity for N isotropic Gaussian vectors of d dimensions, simulated once from a fixed seed.
 
-    Above 1024 of them both N and d shrink alike, and the value grows back: spectra depend on N/d alone (Marchenko &
-    Pastur 1967).
+    Beyond 200 000 numbers both N and d shrink alike, and the value grows back: spectra depend on N/d alone (Marchenko &
+    Pastur 1967). The smaller they are, the more of them are drawn: up to 2048.
     """
-    shrink = max(1.0, max(n, d) / LARGEST)
+    shrink = max(1.0, (n * d / LARGEST) ** 0.5)
     small_n, small_d = max(2, round(n / shrink)), max(1, round(d / shrink))
-    x = torch.randn(small_n, small_d, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    eigenvalues = spectrum(x, centred=quantity != "rankme")
+    eigenvalues = _simulated(small_n, small_d, quantity != "rankme")
     grow = min(n, d) / min(small_n, small_d)
-    return grow * _from_spectrum(quantity, eigenvalues)
+    return grow * float(_from_spectrum(quantity, eigenvalues).mean())
 
 
-def _from_spectrum(quantity: str, eigenvalues: Tensor) -> float:
+@lru_cache(maxsize=32)
+def _simulated(n: int, d: int, centred: bool) -> Tensor:
+    """Spectra of Gaussian samples: (draws, min(N, d))."""
+    draws = max(1, min(MOST_DRAWS, 2 * LARGEST // (n * d)))
+    x = torch.randn(draws, n, d, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    return spectrum(x, centred)
+
+
+def _from_spectrum(quantity: str, eigenvalues: Tensor) -> Tensor:
     if quantity in ("effective_rank", "rankme"):
         return _entropy_rank(eigenvalues.sqrt())
-    return _entropy_rank(eigenvalues) if quantity == "covariance_rank" else _participation(eigenvalues)
+    if quantity == "covariance_rank":
+        return _entropy_rank(eigenvalues)
+    if quantity == "stable_rank":
+        return eigenvalues.sum(-1) / eigenvalues[..., 0]
+    return eigenvalues.sum(-1).square() / eigenvalues.square().sum(-1)
 
 
 def ranks(latents: Tensor, *quantities: str) -> dict[str, Measured]:
@@ -72,7 +80,7 @@ def ranks(latents: Tensor, *quantities: str) -> dict[str, Measured]:
     if why is not None:
         return dict.fromkeys(quantities, why)
     spectra = {centred: spectrum(x, centred) for centred in {q != "rankme" for q in quantities}}
-    return {q: Reading(_from_spectrum(q, spectra[q != "rankme"]), gaussian_null(q, n, d), n) for q in quantities}
+    return {q: Reading(float(_from_spectrum(q, spectra[q != "rankme"])), gaussian_null(q, n, d), n) for q in quantities}
 
 
 def effective_rank(latents: Tensor) -> Measured:
@@ -99,14 +107,16 @@ def participation_ratio(latents: Tensor) -> Measured:
 
 
 def stable_rank(latents: Tensor) -> Measured:
-    """Σλ / λ₁ of the covariance (Rudelson & Vershynin 2007); null (1 + √(d/N))⁻² · d, the Marchenko–Pastur edge."""
+    """Σλ / λ₁ of the covariance (Rudelson & Vershynin 2007), at any N.
+
+    Its null nears (1 + √(d/N))⁻² · d, the edge of Marchenko and Pastur.
+    """
     x = vectors(latents)
     if isinstance(x, NotMeasured):
         return x
     if not moving(x):
         return NotMeasured("all vectors are the same, so there is no direction to count")
-    eigenvalues, (n, d) = spectrum(x), x.shape
-    return Reading(float(eigenvalues.sum() / eigenvalues[0]), d / (1 + (d / n) ** 0.5) ** 2, n)
+    return Reading(float(_from_spectrum("stable_rank", spectrum(x))), gaussian_null("stable_rank", *x.shape), len(x))
 
 
 def isoscore(latents: Tensor) -> Measured:
@@ -130,16 +140,28 @@ def isoscore(latents: Tensor) -> Measured:
     return Reading((d * share - 1) / (d - 1), (even - 1) / (d - 1), n)
 
 
+def _units(*sets_Nd: Tensor) -> list[Tensor] | NotMeasured:
+    """Each set of vectors at length 1, or how many have no direction."""
+    lengths = [x.norm(dim=1, keepdim=True) for x in sets_Nd]
+    for length in lengths:
+        if none := int((length == 0).sum()):
+            return NotMeasured(f"{none} of {len(length)} vectors are 0 and have no direction")
+    return [x / length for x, length in zip(sets_Nd, lengths, strict=True)]
+
+
 def alignment(a: Tensor, b: Tensor) -> Measured:
     """Mean ‖a − b‖² of paired unit vectors (Wang & Isola 2020, eq. 3, α = 2); 0 is perfect.
 
     Null: the same with partners exchanged.
+
+    Raises:
+        ValueError: as every instrument; or the shapes differ.
     """
-    pair = [vectors(t) for t in (a, b)]
-    for t in pair:
-        if isinstance(t, NotMeasured):
-            return t
-    x, y = (torch.nn.functional.normalize(t, dim=1) for t in pair if isinstance(t, Tensor))
+    both = paired(a, b)
+    units = both if isinstance(both, NotMeasured) else _units(*both)
+    if isinstance(units, NotMeasured):
+        return units
+    x, y = units
     null = float(2 - 2 * (x.sum(0) @ y.sum(0) - (x * y).sum()) / (len(x) * (len(x) - 1)))
     return Reading(float((x - y).square().sum(1).mean()), null, len(x))
 
@@ -152,8 +174,10 @@ def uniformity(latents: Tensor) -> Measured:
     x = vectors(latents)
     if isinstance(x, NotMeasured):
         return x
-    n, d = x.shape
-    unit = torch.nn.functional.normalize(x, dim=1)
+    units = _units(x)
+    if isinstance(units, NotMeasured):
+        return units
+    (unit,), (n, d) = units, x.shape
     close = (4 * (unit @ unit.T) - 4).exp()
     value = float(((close.sum() - close.diagonal().sum()) / (n * (n - 1))).log())
     return Reading(value, _uniform(d), n)
@@ -176,14 +200,14 @@ def lidar(views_NVd: Tensor, delta: float = 1e-4) -> Measured:
 
     Null: of views that have nothing in common, at the same N, V and d.
     """
-    if views_NVd.ndim != 3 or not views_NVd.is_floating_point():
-        raise ValueError(f"LiDAR takes floating-point views (N, V, d), not {views_NVd.dtype} {tuple(views_NVd.shape)}.")
-    n, v, d = views_NVd.shape
+    if views_NVd.ndim != 3:
+        raise ValueError(f"LiDAR takes views (N, V, d), not the shape {tuple(views_NVd.shape)}.")
+    flat, (n, v, d) = vectors(views_NVd, what="items"), views_NVd.shape
+    if isinstance(flat, NotMeasured):
+        return flat
     if v < 2 or n < LEAST_RATIO * d:
         return NotMeasured(f"N too small: {n} items in {v} views of {d} dimensions; it takes {2 * d} and 2")
-    x = views_NVd.detach().double()
-    if not bool(torch.isfinite(x).all()):
-        return NotMeasured("some views are not finite")
+    x = flat.view(n, v, d)
     if not moving(x.flatten(0, 1)):
         return NotMeasured("all views are the same")
     noise = torch.randn(n, v, d, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
@@ -198,4 +222,4 @@ def _lidar(x: Tensor, delta: float) -> float:
     within = off.T @ off / (n * (v - 1)) + delta * torch.eye(d, dtype=x.dtype, device=x.device)
     values, basis = torch.linalg.eigh(within)
     whiten = basis * values.rsqrt() @ basis.T
-    return _entropy_rank(torch.linalg.eigvalsh(whiten @ between @ whiten).clamp_min(0))
+    return float(_entropy_rank(torch.linalg.eigvalsh(whiten @ between @ whiten).clamp_min(0)))

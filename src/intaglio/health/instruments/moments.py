@@ -3,19 +3,23 @@
 Shapes: N items, d dimensions. Computed in float64.
 """
 
+import math
+
+import torch
 from torch import Tensor
 
-from intaglio.health.instruments.measured import vectors
+from intaglio.health.instruments.measured import moving, posterior, vectors
 from intaglio.history import Measured, NotMeasured, Reading
 
 
 def norm(latents: Tensor) -> Measured:
-    """Mean ‖z‖; null √d · (1 − 1/4d), that of N(0, I)."""
+    """Mean ‖z‖; null √2 Γ((d + 1)/2) / Γ(d/2), that of N(0, I)."""
     x = vectors(latents, least=1)
     if isinstance(x, NotMeasured):
         return x
     d = x.shape[1]
-    return Reading(float(x.norm(dim=1).mean()), d**0.5 * (1 - 1 / (4 * d)), len(x))
+    null = 2**0.5 * math.exp(math.lgamma((d + 1) / 2) - math.lgamma(d / 2))
+    return Reading(float(x.norm(dim=1).mean()), null, len(x))
 
 
 def std(latents: Tensor) -> Measured:
@@ -29,14 +33,13 @@ def mean_shift(latents: Tensor) -> Measured:
     x = vectors(latents)
     if isinstance(x, NotMeasured):
         return x
-    spread = x.var(0).mean().sqrt()
-    if spread == 0:
+    if not moving(x):
         return NotMeasured("all vectors are the same, so there is no deviation to count in")
-    return Reading(float(x.mean(0).square().mean().sqrt() / spread), len(x) ** -0.5, len(x))
+    return Reading(float((x.mean(0).square().mean() / x.var(0).mean()).sqrt()), len(x) ** -0.5, len(x))
 
 
 def asymmetry(latents: Tensor) -> Measured:
-    """Root mean square of the dimensions' skewness; null √(6/N), of a symmetric Gaussian (Fisher 1930)."""
+    """Root mean square of the dimensions' skewness; null √(6(N − 2) / ((N + 1)(N + 3))), of Gaussians (Fisher 1930)."""
     x = vectors(latents, least=8)
     if isinstance(x, NotMeasured):
         return x
@@ -45,7 +48,8 @@ def asymmetry(latents: Tensor) -> Measured:
     if not bool(live.any()):
         return NotMeasured("all vectors are the same, so they have no shape")
     z = (x[:, live] - x[:, live].mean(0)) / deviation[live]
-    return Reading(float(z.pow(3).mean(0).square().mean().sqrt()), (6 / len(x)) ** 0.5, len(x))
+    n = len(x)
+    return Reading(float(z.pow(3).mean(0).square().mean().sqrt()), (6 * (n - 2) / ((n + 1) * (n + 3))) ** 0.5, n)
 
 
 def varying_share(latents: Tensor) -> Measured:
@@ -63,12 +67,14 @@ def between_share(mean: Tensor, log_variance: Tensor) -> Measured:
     """Variance of the posterior means over that plus the mean posterior variance; null 0, of a prior that is returned.
 
     The same split as an analysis of variance with items as groups (Fisher 1925).
+
+    Raises:
+        ValueError: as every instrument; or the shapes differ.
     """
-    x, v = vectors(mean), vectors(log_variance)
-    if isinstance(x, NotMeasured):
-        return x
-    if isinstance(v, NotMeasured):
-        return v
+    both = posterior(mean, log_variance, least=2)
+    if isinstance(both, NotMeasured):
+        return both
+    x, v = both
     between, within = x.var(0).sum(), v.exp().mean(0).sum()
     return Reading(float(between / (between + within).clamp_min(1e-300)), 0.0, len(x))
 
@@ -83,12 +89,34 @@ def bias_share(latents: Tensor, bias: Tensor) -> Measured:
     """The share of the latents' second moment that one constant vector, as a layer's bias, accounts for; null 0.
 
     1 − E‖z − b‖² / E‖z‖²: 1 where every latent is the bias, at most 0 where it has nothing to do with them.
+
+    Raises:
+        ValueError: as every instrument; or the bias has not the latents' d numbers.
     """
-    x = vectors(latents)
+    x, b = vectors(latents), bias.detach().flatten()
     if isinstance(x, NotMeasured):
         return x
+    if len(b) != x.shape[1]:
+        raise ValueError(f"the bias has {len(b)} numbers, and the latents {x.shape[1]} dimensions; give that layer's.")
+    if not bool(torch.isfinite(b).all()):
+        return NotMeasured("the bias is not finite")
     whole = float(x.square().sum(1).mean())
     if whole == 0:
         return NotMeasured("all latents are 0")
-    rest = (x - bias.detach().to(x).flatten()).square().sum(1).mean()
+    rest = (x - b.to(x)).square().sum(1).mean()
     return Reading(float(1 - rest / whole), 0.0, len(x))
+
+
+def clamped_share(latents: Tensor, low: float, high: float) -> Measured:
+    """The share of values that are at a clamp's ends or beyond, where no gradient passes; null 0.
+
+    Raises:
+        ValueError: as every instrument; or ``low`` is not below ``high``.
+    """
+    if not low < high:
+        raise ValueError(f"a clamp from {low} to {high} holds no value; give low < high.")
+    x = vectors(latents, least=1)
+    if isinstance(x, NotMeasured):
+        return x
+    least, most = torch.tensor([low, high], dtype=latents.dtype).tolist()  # as a clamp rounds them
+    return Reading(float(((x <= least) | (x >= most)).double().mean()), 0.0, len(x))
