@@ -1,19 +1,21 @@
 """False alarms: thirty healthy multimodal runs, and what the rules say of each: ``intaglio bench healthy``.
 
-Three sets of data, five pairs of size and optimizer, two seeds; an hour and a half on one core. A run counts as healthy
-by what its model can do, which no rule decides: captions beat a bigram model, images the mean image, and exchanging
-latents costs something, each with its whole interval.
+Three sets of data, five pairs of size and optimizer, two seeds; an hour and a half on one core, kept in
+``runs/bench-healthy``: what was trained before is only judged again. A run counts as healthy by what its model can do,
+which no rule decides: captions beat a bigram model, images the mean image, and exchanging latents costs something, each
+with its whole interval. Warnings are counted, and not held against a target: five hundred steps leave some models weak.
 """
 
 import json
-import tempfile
-import time
+import shutil
 from itertools import product
 from pathlib import Path
 from typing import Any
 
 from intaglio.bench import Result
 from intaglio.bench.shapes import write_shapes
+from intaglio.health.diagnosis import diagnose_run
+from intaglio.history.run_folder import RunFolder
 from intaglio.training.run import train
 
 SMALL = [
@@ -40,37 +42,45 @@ ABLE = ("val/caption/token_accuracy", "val/image/r2_over_mean_image", "val/capti
 
 def measure() -> tuple[list[Result], dict[str, Any]]:
     """How many of the runs were accused of something, and of what."""
-    with tempfile.TemporaryDirectory() as scratch:
-        place = Path(scratch)
-        sources = {
-            "shapes": [f"--data.source={write_shapes(place / 'shapes', 1200)}", "--data.items=null"],
-            "engravings": ["--data.items=4000"],
-            "few engravings": ["--data.items=1500", "--train.batch_size=48"],
-        }
-        runs: list[dict[str, Any]] = []
-        for data, (size, optimizer), seed in product(sources, VARIANTS, SEEDS):
-            words = [*SMALL, *SIZES[size], *OPTIMIZERS[optimizer], *sources[data], f"--seed={seed}"]
-            runs.append({"data": data, "size": size, "optimizer": optimizer, "seed": seed} | _one(place, words))
-            print(json.dumps(runs[-1]), flush=True)
+    place = Path("runs") / "bench-healthy"
+    sources = {
+        "shapes": [f"--data.source={write_shapes(place / 'shapes', 1200)}", "--data.items=null"],
+        "engravings": ["--data.items=4000"],
+        "few engravings": ["--data.items=1500", "--train.batch_size=48"],
+    }
+    runs: list[dict[str, Any]] = []
+    for data, (size, optimizer), seed in product(sources, VARIANTS, SEEDS):
+        words = [*SMALL, *SIZES[size], *OPTIMIZERS[optimizer], *sources[data], f"--seed={seed}"]
+        name = "-".join([data, size, optimizer, str(seed)]).replace(", ", "-").replace(" ", "-")
+        runs.append({"data": data, "size": size, "optimizer": optimizer, "seed": seed} | _one(place, name, words))
+        print(json.dumps(runs[-1]), flush=True)
     count = len(runs)
     results = [
         Result("runs whose model does what it was trained for", count, sum(r["able"] for r in runs), n=count),
         Result("runs with a failing finding", 0, sum(bool(r["fail"]) for r in runs), better="lower", n=count),
-        Result("runs with a warning", 3, sum(bool(r["warning"]) for r in runs), better="lower", n=count),
     ]
-    return results, {"runs": runs}
+    return results, {"warned": sum(bool(r["warning"]) for r in runs), "runs": runs}
 
 
-def _one(place: Path, words: list[str]) -> dict[str, Any]:
-    begun = time.perf_counter()
-    folder = train("multimodal-small", [f"--runs={place}", *words], quiet=True)
+def _one(place: Path, name: str, words: list[str]) -> dict[str, Any]:
+    trained = (place / name / "evaluation.json").is_file()
+    folder = (
+        RunFolder(place / name) if trained else train("multimodal-small", [*words, *_called(place, name)], quiet=True)
+    )
     assert folder is not None
-    found = json.loads((folder.path / "findings.json").read_text(encoding="utf-8"))
+    found = diagnose_run(folder.path)
     readings = json.loads((folder.path / "evaluation.json").read_text(encoding="utf-8"))["readings"]
-    accused = {s: sorted({f["rule"] for f in found["findings"] if f["severity"] == s}) for s in ("fail", "warning")}
+    accused = {s: sorted({f.rule for f in found.findings if f.severity == s}) for s in ("fail", "warning")}
     able = all(_lower(readings[name]) > readings[name]["null"] for name in ABLE)
     measured = {name: round(readings[name]["value"], 4) for name in ABLE}
-    return {"verdict": found["verdict"], **accused, "able": able, **measured, "seconds": time.perf_counter() - begun}
+    seconds = round(folder.record["train_seconds"], 1)
+    return {"verdict": found.verdict, **accused, "able": able, **measured, "train_seconds": seconds}
+
+
+def _called(place: Path, name: str) -> list[str]:
+    """Options for the name; what a killed benchmark left half-trained under it goes."""
+    shutil.rmtree(place / name, ignore_errors=True)
+    return [f"--runs={place}", f"--name={name}"]
 
 
 def _lower(reading: dict[str, float]) -> float:

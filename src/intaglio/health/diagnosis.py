@@ -161,9 +161,11 @@ def facts_of(folder: RunFolder) -> dict[str, Any]:
 
 
 def write_findings(folder: RunFolder, diagnosis: Diagnosis) -> None:
-    """``findings.json``, atomically."""
-    content = json.dumps(diagnosis.as_dict(), indent=2, ensure_ascii=False, allow_nan=False)
-    write_atomically(folder.path / "findings.json", content + "\n")
+    """``findings.json``, atomically, where it is not what it was."""
+    content = json.dumps(diagnosis.as_dict(), indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+    file = folder.path / "findings.json"
+    if not file.is_file() or file.read_text(encoding="utf-8") != content:
+        write_atomically(file, content)
 
 
 def chosen(ids: Iterable[str]) -> list[Rule]:

@@ -27,8 +27,9 @@ import torch
 from torch import Tensor, nn
 
 from intaglio.health import audits, panel
-from intaglio.health.diagnosis import Diagnosis, diagnose, load_profile, record_of, write_findings
+from intaglio.health.diagnosis import Diagnosis, diagnose, facts_of, load_profile, write_findings
 from intaglio.health.finding import Finding
+from intaglio.health.record import Growing, Record
 from intaglio.health.rules import all_rules
 from intaglio.history import HistoryWriter, Measured, Reading
 from intaglio.history.run_folder import RunFolder, write_atomically
@@ -112,6 +113,8 @@ class Monitor:
         self.history = HistoryWriter(self.folder.metrics)
         self.count = self.start = start
         self.terms: Collection[str] = ()
+        self.growing = Growing()
+        self._parameters = list(model.parameters())
         self.silence = audits.Silence()
         self.facts: dict[str, Any] = audits.parameters(model)
         self._before = audits.fingerprints(model)
@@ -131,8 +134,8 @@ class Monitor:
         self.count += 1
         pairs = _weighed(losses)
         self.terms = pairs.keys()
-        gradient = nn.utils.get_total_norm([p.grad for p in self.model.parameters() if p.grad is not None])
-        *numbers, norm = _numbers([*(value for value, _ in pairs.values()), gradient])
+        gradients = [p.grad for p in self._parameters if p.grad is not None]
+        *numbers, norm = _numbers([value for value, _ in pairs.values()], gradients)
         values = dict(zip(pairs, numbers, strict=True))
         if "total" not in values and values:
             values["total"] = sum(pairs[name][1] * v for name, v in values.items())
@@ -175,6 +178,7 @@ class Monitor:
 
     def look(self) -> Diagnosis:
         """Reads the probe at every tap, and judges; called by ``step``, and whenever you like."""
+        self._parameters = list(self.model.parameters())  # some may have been added
         found = panel.Panel({}, {})
         if self.taps and self.probe is not None:
             for site, output in self._tapped().items():
@@ -218,7 +222,7 @@ class Monitor:
     def judge(self) -> Diagnosis:
         """The verdict on what is known; writes ``findings.json``, tells what is new, and stops if asked to."""
         self.history.flush()
-        diagnosis = diagnose(record_of(self.folder), self.profile, not_measured=self.missing)
+        diagnosis = self._diagnosis()
         write_findings(self.folder, diagnosis)
         for finding in diagnosis.findings:
             if (finding.rule, finding.severity) not in self._told:
@@ -247,6 +251,12 @@ class Monitor:
         else:
             self.history.close()
 
+    def _diagnosis(self) -> Diagnosis:
+        facts = facts_of(self.folder) | self.facts
+        running = self.folder.record["status"] == "running"
+        record = Record(self.growing.series(), facts, {}, self.steps, running)
+        return diagnose(record, self.profile, not_measured=self.missing)
+
     def _due(self, step: int) -> bool:
         return step % self.every == 0 or step == self.start + AUDITED + 1
 
@@ -268,7 +278,7 @@ class Monitor:
         self._write(rows | {"train/optimizer/gradient_norm": norm})
         self.history.flush()
         self.folder.update(status="stopped", stopped_by="non-finite")
-        write_findings(self.folder, diagnose(record_of(self.folder), self.profile, not_measured=self.missing))
+        write_findings(self.folder, self._diagnosis())
         if self.on_finding:
             self.on_finding(finding)
         raise Stopped(finding, where)
@@ -331,7 +341,9 @@ class Monitor:
 
     def _write(self, rows: Mapping[str, float | Reading], step: int | None = None) -> None:
         readings = {n: v if isinstance(v, Reading) else Reading(v, self.nulls.get(n)) for n, v in rows.items()}
-        self.history.write(self.count if step is None else step, 0.0, readings)
+        step = self.count if step is None else step
+        self.history.write(step, 0.0, readings)
+        self.growing.add(step, readings)
 
     def _write_facts(self) -> None:
         text = json.dumps(self.facts, indent=2, ensure_ascii=False)
@@ -359,11 +371,16 @@ def _full(name: str, split: str, terms: Collection[str]) -> str:
     return f"{split}/logged/{plain}"
 
 
-def _numbers(values: Sequence[Tensor | float]) -> list[float]:
-    """All of them in one synchronisation with the device, which must come before the update it may prevent."""
-    tensors = [v.detach().float().reshape(()) for v in values if isinstance(v, Tensor)]
-    known = iter(torch.stack([t.to(tensors[-1].device) for t in tensors]).tolist() if tensors else [])
-    return [next(known) if isinstance(v, Tensor) else float(v) for v in values]
+@torch.no_grad()
+def _numbers(values: Sequence[Tensor | float], gradients: Sequence[Tensor]) -> list[float]:
+    """Values and the norm of all gradients in one synchronisation, which must come before the update it may prevent."""
+    device = gradients[0].device if gradients else torch.device("cpu")
+    norms = [torch.linalg.vector_norm(g, dtype=torch.float32).to(device) for g in gradients]
+    total = torch.linalg.vector_norm(torch.stack(norms)) if norms else torch.zeros(())
+    tensors = [v.float().reshape(()).to(device) for v in values if isinstance(v, Tensor)]
+    *known, norm = torch.stack([*tensors, total]).tolist()
+    rest = iter(known)
+    return [*(next(rest) if isinstance(v, Tensor) else float(v) for v in values), norm]
 
 
 def _tensors(output: Any) -> Iterator[Tensor]:

@@ -1,8 +1,10 @@
 """What a run has measured, as the rules see it: series of readings by name, and facts that are no numbers. No torch."""
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
+from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -89,15 +91,38 @@ class Record:
         return max((int(s.steps[-1]) for s in self.series.values()), default=0)
 
 
+class Growing:
+    """Series that grow while a training goes on, so that judging it reads no file."""
+
+    def __init__(self) -> None:
+        self._rows: dict[str, dict[int, tuple[float, float, float]]] = {}
+
+    def add(self, step: int, readings: Mapping[str, Reading]) -> None:
+        """Readings of one step, at least as late as those before; of the same step and name the later ones stay."""
+        for name, r in readings.items():
+            count = math.nan if r.n is None else float(r.n)
+            self._rows.setdefault(name, {})[step] = (r.value, math.nan if r.null is None else r.null, count)
+            for end, value in (("low", r.low), ("high", r.high)):
+                if value is not None:
+                    self._rows.setdefault(f"{name}_{end}", {})[step] = (value, math.nan, count)
+
+    def series(self) -> dict[str, Series]:
+        """All of them by name."""
+        return {
+            name: Series(np.fromiter(rows, np.int64), *np.array(list(rows.values()), float).T)
+            for name, rows in self._rows.items()
+        }
+
+
 def of_table(table: "pl.DataFrame", **rest: Any) -> Record:
     """The record of a history table; ``rest`` are the other fields of ``Record``. Later rows of a step replace earlier
     ones."""
-    series = {}
-    for (name,), rows in table.sort("step", maintain_order=True).group_by("name", maintain_order=True):
-        rows = rows.unique("step", keep="last", maintain_order=True)
-        numbers = (rows[c].cast(float).fill_null(float("nan")).to_numpy() for c in ("value", "null", "n"))
-        series[str(name)] = Series(rows["step"].to_numpy(), *numbers)
-    return Record(series, **rest)
+    table = table.unique(["name", "step"], keep="last", maintain_order=True).sort("name", "step", maintain_order=True)
+    names, steps = table["name"].to_list(), table["step"].to_numpy()
+    numbers = [table[c].cast(float).fill_null(float("nan")).to_numpy() for c in ("value", "null", "n")]
+    first = [k for k in range(len(names)) if k == 0 or names[k] != names[k - 1]]
+    parts = {names[a]: slice(a, b) for a, b in pairwise([*first, len(names)])}
+    return Record({name: Series(steps[part], *(x[part] for x in numbers)) for name, part in parts.items()}, **rest)
 
 
 def of_readings(readings: Mapping[str, Reading], step: int = 0, **rest: Any) -> Record:

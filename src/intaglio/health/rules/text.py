@@ -19,8 +19,8 @@ from intaglio.history import NotMeasured
 def decoder_ignores_latent(record: Record, limits: Limits) -> Iterator[Finding]:
     """Captions do not depend on the image.
 
-    Seen by what a token costs more when its caption is decoded from another image's latent, 0 where it is ignored; the
-    caption's surprise beside a bigram model's.
+    Seen by what a token costs more when its caption is decoded from another image's latent: 0 where it is ignored, and
+    then 0 lies in its interval; the caption's surprise beside a bigram model's.
     """
     for name, s in record.matching("val/*/shuffled_latent_nats").items():
         where = name.split("/")[1]
@@ -45,7 +45,8 @@ def decoder_ignores_latent(record: Record, limits: Limits) -> Iterator[Finding]:
                 step=int(s.steps[0]),
             )
             continue
-        ignored = s.value < limits["nats"]
+        low = record.get(f"{name}_low")
+        ignored = s.value < limits["nats"] and (low is None or low.value <= 0)
         yield Finding(
             "decoder-ignores-latent",
             "fail" if ignored else "warning",

@@ -3,6 +3,7 @@
 from collections.abc import Iterator, Mapping
 
 import numpy as np
+from numpy.lib.stride_tricks import sliding_window_view
 
 from intaglio.health.finding import Finding, Remedy
 from intaglio.health.record import Record, Series
@@ -30,7 +31,12 @@ def mad(x: np.ndarray) -> float:
 def rolling_median(x: np.ndarray, width: int) -> np.ndarray:
     """Median of the ``width`` values around each one, fewer at the ends; the same length as ``x``."""
     half = width // 2
-    return np.array([np.median(x[max(0, k - half) : k + half + 1]) for k in range(len(x))])
+    framed = np.concatenate([np.full(half, np.nan), x, np.full(half, np.nan)])
+    return np.nanmedian(sliding_window_view(framed, 2 * half + 1), axis=1) if len(x) else x
+
+
+WINDOWS = 200
+"""Stretches of a curve that are compared with each other, however long it is."""
 
 
 @rule(
@@ -84,9 +90,11 @@ def diverged(record: Record, limits: Limits) -> Iterator[Finding | NotMeasured]:
             continue
         looked = True
         width = max(3, len(s) // 4)
-        smooth = np.array([np.median(s.values[k : k + width]) for k in range(len(s) - width + 1)])
-        best = int(smooth[:-width].argmin()) if len(smooth) > width else int(smooth.argmin())
-        now, then = float(smooth[-1]), float(smooth[best])
+        starts = np.unique(np.linspace(0, len(s) - width, WINDOWS).astype(int))
+        smooth = np.median(sliding_window_view(s.values, width)[starts], axis=1)
+        before = smooth[starts < len(s) - 2 * width + 1]
+        choice = int((before if len(before) else smooth).argmin())
+        best, now, then = int(starts[choice]), float(smooth[-1]), float(smooth[choice])
         noise = mad(s.values[best : best + width] - rolling_median(s.values[best : best + width], 3)) + 1e-9
         gained = float(s.values[0]) - then
         if now - then > limits["deviations"] * noise and now - then > limits["share_lost"] * max(gained, 0.0):
