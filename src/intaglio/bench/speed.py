@@ -16,16 +16,21 @@ from typing import Any
 
 import torch
 from PIL import Image
+from torch import Tensor
 
 from intaglio.bench import Result
 from intaglio.config import MultimodalConfig, load
 from intaglio.data.batches import TrainingBatches
 from intaglio.data.engravings import Engravings
 from intaglio.data.prepare import Prepared, prepare
-from intaglio.history import read_history
+from intaglio.health.monitor import Monitor
+from intaglio.health.panel import latents
+from intaglio.history import Measured, read_history
 from intaglio.models.multimodal import MultimodalModel
 from intaglio.models.networks import RecomputedDecoding
+from intaglio.objectives.sigreg import directions, sigreg
 from intaglio.systems import multimodal
+from intaglio.training.health import EARLY
 from intaglio.training.run import train
 
 STEPS, WARM, ROUNDS = 100, 20, 4
@@ -35,6 +40,9 @@ def measure() -> tuple[list[Result], dict[str, Any]]:
     """All speed targets, with the figures that they come from."""
     with tempfile.TemporaryDirectory() as scratch:
         trainer, bare, waits = _trainer_against_bare(Path(scratch))
+        watched, unwatched, look = _health_on_and_off(Path(scratch))
+        small_on, small_off = _monitor_on_and_off(Path(scratch))
+        grown = _memory_with_health(Path(scratch))
         few, many = _encode_memory(Path(scratch))
     cached = _decoding_ratio()
     started = {"--help": _started("-m", "intaglio", "--help"), "import": _started("-c", "import intaglio")}
@@ -42,6 +50,12 @@ def measure() -> tuple[list[Result], dict[str, Any]]:
     ratios = [a / b for a, b in zip(trainer, bare, strict=True)]
     results = [
         Result("training rate, our trainer over a bare loop", 0.97, statistics.median(ratios), n=ROUNDS),
+        Result(
+            "training rate, health on over off, multimodal-small", 0.98, _with_looks(watched, unwatched, look), n=ROUNDS
+        ),
+        Result("training rate, monitor on over off, tiny VAE", 0.98, sum(small_off) / sum(small_on), n=len(small_on)),
+        Result("peak memory, health on over off", 1.05, grown, better="lower"),
+        Result("SIGReg with gradient, published formula over ours", 4.5, _sigreg_ratio()),
         Result("share of training that waits for data", 0.05, max(waits), better="lower", n=ROUNDS),
         Result("seconds of intaglio --help", 0.3, started["--help"], better="lower"),
         Result("seconds of import intaglio", 0.15, started["import"] - python, better="lower"),
@@ -50,7 +64,9 @@ def measure() -> tuple[list[Result], dict[str, Any]]:
         Result("built-in images a second at 64 px, one core", 500.0, _drawing_rate()),
     ]
     facts = {
-        "items_per_second": {"trainer": trainer, "bare_loop": bare},
+        "items_per_second": {"trainer": trainer, "bare_loop": bare, "health_on": watched, "health_off": unwatched},
+        "seconds_of_a_look": look,
+        "tiny_vae_milliseconds_a_step": {"monitor_on": small_on, "monitor_off": small_off},
         "encode_peak_bytes": {"1000": few, "10000": many},
         "python_start_seconds": python,
     }
@@ -70,6 +86,108 @@ def _trainer_against_bare(scratch: Path) -> tuple[list[float], list[float], list
         waits.append(wait)
         theirs.append(_bare_loop(config, prepared))
     return ours, theirs, waits
+
+
+def _health_on_and_off(scratch: Path) -> tuple[list[float], list[float], float]:
+    """Items per second with health on and off, alternated, and the seconds of one look."""
+    words = ["--runs", str(scratch), "--data.items", "4000", "--train.validate_every", "100000", "--prior.steps", "1"]
+    config = load("multimodal-small", [*words, "--train.precision", _precision()])
+    assert isinstance(config, MultimodalConfig)
+    on, off, looks = [], [], []
+    for _ in range(ROUNDS):
+        on.append(_trainer(config, [*words, "--name", "watched"])[0])
+        off.append(_trainer(config, [*words, "--health.on", "false"])[0])
+    for folder in scratch.glob("watched*"):
+        table = read_history(folder / "metrics.parquet")
+        looks += table.filter(table["name"] == "train/speed/look_seconds")["value"].to_list()
+    return on, off, statistics.median(looks)
+
+
+def _with_looks(on: list[float], off: list[float], look: float) -> float:
+    """The rate of the whole recipe, its looks at the default interval included, over the rate without health."""
+    config = load("multimodal-small")
+    assert isinstance(config, MultimodalConfig)
+    assert config.train.steps is not None
+    every = config.train.validate_every or -(-config.train.steps // 10)
+    looks = config.train.steps // every + len(EARLY)
+    training = config.train.steps * config.train.batch_size / statistics.median(off)
+    return statistics.median(a / b for a, b in zip(on, off, strict=True)) * training / (training + looks * look)
+
+
+class _TinyVAE(torch.nn.Module):
+    """784-400-20, as in PyTorch's example."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.encoder = torch.nn.Sequential(torch.nn.Linear(784, 400), torch.nn.ReLU(), torch.nn.Linear(400, 40))
+        self.decoder = torch.nn.Sequential(torch.nn.Linear(20, 400), torch.nn.ReLU(), torch.nn.Linear(400, 784))
+
+    def terms(self, x: Tensor) -> dict[str, Tensor]:
+        mean, log_variance = self.encoder(x).chunk(2, dim=1)
+        z = mean + torch.randn_like(mean) * (log_variance / 2).exp()
+        kl = 0.5 * (mean.square() + log_variance.exp() - 1 - log_variance).sum(1).mean()
+        return {"reconstruction": (self.decoder(z) - x).square().sum(1).mean(), "kl": kl}
+
+
+def _monitor_on_and_off(scratch: Path, rounds: int = 80, steps: int = 50) -> tuple[list[float], list[float]]:
+    """Milliseconds a step of a tiny VAE with a monitor at its defaults and without, in blocks that alternate."""
+
+    def read(model: _TinyVAE, probe: Tensor) -> dict[str, dict[str, Measured]]:
+        mean, log_variance = model.encoder(probe).chunk(2, dim=1)
+        return {"val/latent": latents(mean, log_variance)}
+
+    x, probe = torch.rand(4096, 784), torch.rand(512, 784)
+    arms: list[tuple[_TinyVAE, torch.optim.Optimizer, Monitor | None]] = []
+    for watched in (True, False):
+        model = _TinyVAE()
+        adam = torch.optim.Adam(model.parameters(), 1e-3)
+        watch: dict[str, Any] = {"folder": scratch / "tiny", "probe": probe, "read": read, "steps": rounds * steps}
+        arms.append((model, adam, Monitor(model, adam, **watch) if watched else None))
+    times: tuple[list[float], list[float]] = ([], [])
+    for _ in range(rounds):
+        for (model, optimizer, monitor), spent in zip(arms, times, strict=True):
+            begun = time.perf_counter()
+            for _ in range(steps):
+                batch = x[torch.randint(4096, (128,))]
+                terms = model.terms(batch)
+                optimizer.zero_grad()
+                (terms["reconstruction"] + 0.1 * terms["kl"]).backward()
+                if monitor:
+                    monitor.step({"reconstruction": terms["reconstruction"], "kl": (terms["kl"], 0.1)}, batch)
+                optimizer.step()
+            spent.append(1000 * (time.perf_counter() - begun) / steps)
+    return times
+
+
+def _memory_with_health(scratch: Path) -> float:
+    """Peak resident bytes of a short training with health on, looks included, over those with it off."""
+    words = ["--runs", str(scratch), "--data.items", "2000", "--train.steps", "30", "--train.validate_every", "10"]
+    peaks = [
+        _peak("train", "multimodal-small", *words, "--prior.steps", "1", f"--health.on={on}")
+        for on in ("true", "false")
+    ]
+    return peaks[0] / peaks[1]
+
+
+def _sigreg_ratio(n: int = 512, width: int = 128, slices: int = 256) -> float:
+    """Time of SIGReg forward and backward as its authors' minimal code writes it, over ours; median of seven."""
+    x, a = torch.randn(n, width, requires_grad=True), directions(width, slices, torch.Generator().manual_seed(0))
+    t = torch.linspace(0, 3, 17)
+    weights = torch.full_like(t, 2 * 3 / 16)
+    weights[[0, -1]] /= 2
+    phi = (-t.square() / 2).exp()
+
+    def published() -> Tensor:
+        x_t = (x @ a).unsqueeze(-1) * t
+        return ((((x_t.cos().mean(0) - phi).square() + x_t.sin().mean(0).square()) @ (weights * phi)) * n).mean()
+
+    def seconds(loss: Callable[[], Tensor]) -> float:
+        begun = time.perf_counter()
+        loss().backward()
+        return time.perf_counter() - begun
+
+    pairs = [(seconds(published), seconds(lambda: sigreg(x, a))) for _ in range(8)][1:]
+    return statistics.median(a / b for a, b in pairs)
 
 
 def _precision() -> str:
@@ -158,14 +276,20 @@ def _encode_memory(scratch: Path) -> tuple[int, int]:
             Image.fromarray(corpus.image(i, 64)).save(folder / f"{i:05d}.png")
         for i in range(256, count):
             os.link(folder / f"{i % 256:05d}.png", folder / f"{i:05d}.png")
-        command = ["encode", str(scratch / "model"), str(folder), "--out", str(scratch / f"{count}.safetensors")]
-        program = (
-            "import resource, sys; from intaglio.cli import main; code = main(sys.argv[1:]); "
-            "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss); sys.exit(code)"
+        peaks.append(
+            _peak("encode", str(scratch / "model"), str(folder), "--out", str(scratch / f"{count}.safetensors"))
         )
-        done = subprocess.run([sys.executable, "-c", program, *command], capture_output=True, text=True, check=True)
-        peaks.append(int(done.stdout.split()[-1]) * (1 if sys.platform == "darwin" else 1024))
     return peaks[0], peaks[1]
+
+
+def _peak(*command: str) -> int:
+    """Peak resident bytes of ``intaglio COMMAND`` in a process of its own."""
+    program = (
+        "import resource, sys; from intaglio.cli import main; code = main(sys.argv[1:]); "
+        "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss); sys.exit(code)"
+    )
+    done = subprocess.run([sys.executable, "-c", program, *command], capture_output=True, text=True, check=True)
+    return int(done.stdout.split()[-1]) * (1 if sys.platform == "darwin" else 1024)
 
 
 def _started(*words: str) -> float:

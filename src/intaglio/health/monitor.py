@@ -21,7 +21,7 @@ from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
@@ -90,7 +90,7 @@ class Monitor:
         probe: Any = None,
         forward: Callable[[nn.Module, Any], Any] | None = None,
         read: Callable[[nn.Module, Any], Mapping[str, Mapping[str, Measured]]] | None = None,
-        every: int = 100,
+        every: int = 500,
         log_every: int = 10,
         steps: int | None = None,
         profile: str | Path = "default",
@@ -133,15 +133,13 @@ class Monitor:
         """
         self.count += 1
         pairs = _weighed(losses)
-        self.terms = pairs.keys()
-        gradients = [p.grad for p in self._parameters if p.grad is not None]
-        *numbers, norm = _numbers([value for value, _ in pairs.values()], gradients)
-        values = dict(zip(pairs, numbers, strict=True))
-        if "total" not in values and values:
-            values["total"] = sum(pairs[name][1] * v for name, v in values.items())
-        self._refuse_non_finite(values, norm, batch)
+        norms = [torch.linalg.vector_norm(p.grad, dtype=torch.float32) for p in self._parameters if p.grad is not None]
+        *numbers, norm = _numbers([value for value, _ in pairs.values()], norms)
+        if not math.isfinite(sum(numbers)) or not (self.scaled or math.isfinite(norm)):
+            self._refuse(_named(pairs, numbers), norm, batch)
         self._audit()
         if self.count % self.log_every == 0 or self.count == self.start + 1:
+            self.terms, values = pairs.keys(), _named(pairs, numbers)
             rows = {f"train/loss/{name}": value for name, value in values.items()}
             rows |= {f"train/weight/{name}": pairs[name][1] for name in values if name != "total"}
             rows |= {} if clipped else {"train/optimizer/gradient_norm": norm}
@@ -260,9 +258,7 @@ class Monitor:
     def _due(self, step: int) -> bool:
         return step % self.every == 0 or step == self.start + AUDITED + 1
 
-    def _refuse_non_finite(self, losses: Mapping[str, float], norm: float, batch: Any) -> None:
-        if all(map(math.isfinite, losses.values())) and (self.scaled or math.isfinite(norm)):
-            return
+    def _refuse(self, losses: Mapping[str, float], norm: float, batch: Any) -> NoReturn:
         where = self.folder.path / f"non-finite-step-{self.count}.pt"
         optimizer = self.optimizer.state_dict() if self.optimizer is not None else None
         torch.save({"batch": batch, "model": self.model.state_dict(), "optimizer": optimizer}, where)
@@ -357,6 +353,14 @@ def _weighed(losses: Loss | Mapping[str, Loss]) -> dict[str, tuple[Tensor | floa
     return {name: loss if isinstance(loss, tuple) else (loss, 1.0) for name, loss in losses.items()}
 
 
+def _named(pairs: Mapping[str, tuple[Tensor | float, float]], numbers: Sequence[float]) -> dict[str, float]:
+    """Losses by name, with their weighted total."""
+    values = dict(zip(pairs, numbers, strict=True))
+    if "total" not in values and values:
+        values["total"] = sum(pairs[name][1] * v for name, v in values.items())
+    return values
+
+
 def _full(name: str, split: str, terms: Collection[str]) -> str:
     """``<split>/<site>/<quantity>``: ``val_loss`` is ``val/loss/total``, ``eval_f1`` is ``val/logged/f1``."""
     if name.count("/") == 2:
@@ -371,16 +375,16 @@ def _full(name: str, split: str, terms: Collection[str]) -> str:
     return f"{split}/logged/{plain}"
 
 
-@torch.no_grad()
-def _numbers(values: Sequence[Tensor | float], gradients: Sequence[Tensor]) -> list[float]:
-    """Values and the norm of all gradients in one synchronisation, which must come before the update it may prevent."""
-    device = gradients[0].device if gradients else torch.device("cpu")
-    norms = [torch.linalg.vector_norm(g, dtype=torch.float32).to(device) for g in gradients]
-    total = torch.linalg.vector_norm(torch.stack(norms)) if norms else torch.zeros(())
-    tensors = [v.float().reshape(()).to(device) for v in values if isinstance(v, Tensor)]
-    *known, norm = torch.stack([*tensors, total]).tolist()
+def _numbers(values: Sequence[Tensor | float], norms: Sequence[Tensor]) -> list[float]:
+    """Values and the norm of all norms in one synchronisation, which must come before the update it may prevent."""
+    tensors = [v.detach() for v in values if isinstance(v, Tensor)] + list(norms)
+    device = next((t.device for t in tensors if t.device.type != "cpu"), None)
+    if device is None:
+        known = [t.item() for t in tensors]
+    else:
+        known = torch.stack([t.float().reshape(()).to(device) for t in tensors]).tolist()
     rest = iter(known)
-    return [*(next(rest) if isinstance(v, Tensor) else float(v) for v in values), norm]
+    return [*(next(rest) if isinstance(v, Tensor) else float(v) for v in values), math.hypot(*rest)]
 
 
 def _tensors(output: Any) -> Iterator[Tensor]:

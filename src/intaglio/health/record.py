@@ -83,8 +83,7 @@ class Record:
 
     def early(self, name: str) -> NotMeasured | None:
         """Why it is too early to judge what a series has come to, or None if it has settled."""
-        s = self.series[name]
-        return None if self.settled(s) else NotMeasured(f"too early: {name} was last read at step {int(s.steps[-1]):,}")
+        return None if self.settled(self.series[name]) else NotMeasured(f"too early: {name} has not settled")
 
     @property
     def last_step(self) -> int:

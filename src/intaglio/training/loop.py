@@ -106,7 +106,9 @@ class AfterStep(L.Callback):
         if step % train.validate_every == 0 or last:
             self._validate(trainer, pl_module, step)
         elif self.health and step in self.health.early:
+            begun = time.perf_counter()
             self._look_at_health(trainer, pl_module, step)
+            self._clock = (self._clock[0] + time.perf_counter() - begun, *self._clock[1:])
         best = self.best_step == step
         stop = self._everyone_agrees_to_stop(pl_module.device)
         if step % train.checkpoint_every == 0 or best or last or stop:
@@ -176,8 +178,7 @@ class AfterStep(L.Callback):
         self.verdict = diagnosis.verdict
         if diagnosis.verdict == "failing" and self.config.health.stop:
             self.stopped_by = self.stopped_by or f"health: {diagnosis.findings[0].rule}"
-        if step in self.health.early:
-            self._clock = (self._clock[0] + time.perf_counter() - begun, *self._clock[1:])
+        self._write(trainer, step, {"train/speed/look_seconds": Reading(time.perf_counter() - begun)})
 
     def _out_of_patience(self) -> bool:
         return 0 < self.config.train.patience <= self.looks_since_best
