@@ -18,6 +18,7 @@ from intaglio.models.multimodal import MultimodalModel
 from intaglio.models.networks import Gaussian, StandardNetwork
 from intaglio.systems.multimodal import MultimodalSystem
 from intaglio.training import checkpoint
+from intaglio.training import run as trainer
 from intaglio.training.loop import AfterStep
 
 
@@ -182,12 +183,18 @@ def test_a_weight_that_is_only_logged_and_a_rate_of_another_schedule_are_found(t
     assert found["learning-rate-off"]["severity"] == "fail"
 
 
-def test_watching_changes_no_weight_and_no_row_of_the_training_curve(tmp_path):
-    """Bit-identical weights with health on and off; every other row of the history is the same as well."""
-    words = ("--train.steps=20", "--train.validate_every=5")
+def test_watching_changes_no_weight_and_no_row_of_the_training_curve(tmp_path, monkeypatch):
+    """Weights after 200 steps are bit-identical with health on and off, and with TensorBoard on and off; every other
+    row of the history is the same as well."""
+    words = ("--train.steps=200", "--train.validate_every=50", "--train.accumulate=1", "--prior.layers=0")
     on, off = train(tmp_path / "on", *words), train(tmp_path / "off", *words, "--health.on=false")
-    a, b = (torch.load(r.checkpoints / checkpoint.name(20), weights_only=True)["state_dict"] for r in (on, off))
-    assert all(torch.equal(a[name], b[name]) for name in b)
+    monkeypatch.setattr(trainer, "TensorBoardLogger", lambda *given, **named: False)
+    unlogged = train(tmp_path / "unlogged", *words)
+    assert not (unlogged.path / "tensorboard").exists()
+    a, b, c = (
+        torch.load(r.checkpoints / checkpoint.name(200), weights_only=True)["state_dict"] for r in (on, off, unlogged)
+    )
+    assert all(torch.equal(a[name], b[name]) and torch.equal(a[name], c[name]) for name in b)
     rows = {
         r: read_history(r.metrics).filter(pl.col("name").str.contains("^(train/(loss|weight|optim)|val/loss)"))
         for r in (on, off)

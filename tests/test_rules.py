@@ -6,7 +6,9 @@ import numpy as np
 import pytest
 
 from intaglio.health.diagnosis import chosen, diagnose, load_profile
+from intaglio.health.finding import Remedy
 from intaglio.health.record import Record, Series
+from intaglio.health.remedies import command
 from intaglio.health.rules import all_rules
 
 STEPS = np.arange(20, 2020, 20)
@@ -265,6 +267,30 @@ def test_the_applied_rate_is_held_against_the_configured_one():
     for rates, expected in ((due, []), (half, ["fail"]), (10 * due, ["fail"])):
         assert found("learning-rate-off", {"train/optimizer/rate": series(rates)}, config=OPTIM, steps=2000) == expected
     assert found("learning-rate-off", {"train/optimizer/rate": series(due)}) is None
+
+
+@pytest.mark.parametrize(
+    ("said", "typed"),
+    [
+        ("train longer: --train.steps", "intaglio train --resume runs/a --train.steps 400"),
+        ("lower --loss.kl tenfold", "intaglio train runs/a/config.yaml --loss.kl 0.0001"),
+        ("go back and halve the rate: --optim.rate", "intaglio train runs/a/config.yaml --optim.rate 0.0015"),
+        ("a longer --optim.warmup", "intaglio train runs/a/config.yaml --optim.warmup 200"),
+        ("clip the gradient: --optim.clip 1.0", "intaglio train runs/a/config.yaml --optim.clip 1.0"),
+        ("raise the rate or train longer: --optim.rate, --train.steps",
+         "intaglio train runs/a/config.yaml --optim.rate 0.006 --train.steps 400"),
+        ("with its text: --loss.pairing sigmoid", "intaglio train runs/a/config.yaml --loss.pairing sigmoid"),
+        ("keep images on a disk: --data.cache FOLDER", "intaglio train runs/a/config.yaml --data.cache FOLDER"),
+        ("look at the images", ""), ("lower its weight: --loss.mine", ""), ("--model.vocabulary, odd", ""),
+    ],
+    ids=lambda value: value[:24],
+)  # fmt: skip
+def test_a_remedy_is_a_command_where_the_run_is_known(said, typed):
+    config = {
+        "train": {"steps": 200}, "loss": {"kl": 1e-3, "pairing": "self"}, "data": {"cache": ""},
+        "optim": {"rate": 3e-3, "warmup": 100, "clip": 0.5}, "model": {"vocabulary": 4000},
+    }  # fmt: skip
+    assert command(Remedy(said), "runs/a", config) == typed
 
 
 RAMP = {"train/weight/kl": series(np.minimum(STEPS / 1000, 1))}

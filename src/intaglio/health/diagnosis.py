@@ -11,6 +11,7 @@ from typing import Any
 from intaglio.config import to_dict
 from intaglio.health.finding import Finding
 from intaglio.health.record import Record, of_readings, of_table
+from intaglio.health.remedies import commanded
 from intaglio.health.rule import Limits, Rule, apply
 from intaglio.health.rules import all_rules
 from intaglio.history import Reading, read_history
@@ -71,7 +72,10 @@ def diagnose(
             {"rule": name, "family": family, "reason": why} | ({"log": log} if name in judged.unread else {})
         )
     reasons += [{"quantity": name, "reason": why} for name, why in (not_measured or {}).items()]
-    return Diagnosis(verdict, judged.findings, judged.passed, tuple(reasons))
+    findings = judged.findings
+    if record.run and record.config:
+        findings = tuple(commanded(finding, record.run, record.config) for finding in findings)
+    return Diagnosis(verdict, findings, judged.passed, tuple(reasons))
 
 
 def record_of(folder: RunFolder, readings: Mapping[str, Reading] | None = None, step: int = 0) -> Record:
@@ -88,7 +92,7 @@ def record_of(folder: RunFolder, readings: Mapping[str, Reading] | None = None, 
     config = to_dict(folder.config()) if (folder.path / "config.yaml").is_file() else {}
     steps = config["train"]["steps"] if config else folder.record.get("steps")
     series = {**of_table(read_history(history)).series, **of_readings(readings or {}, step).series}
-    return Record(series, facts_of(folder), config, steps, running=folder.record["status"] == "running")
+    return Record(series, facts_of(folder), config, steps, folder.record["status"] == "running", str(folder.path))
 
 
 def diagnose_run(run: str | Path, profile: str | Path = "default", rules: Iterable[str] = ()) -> Diagnosis:

@@ -13,11 +13,13 @@ SEVERITIES: tuple[Severity, ...] = ("fail", "warning", "note")
 class Remedy:
     """One thing to change: a sentence, or options of the command line, from the first ``--`` on.
 
-    ``wait`` is how many optimizer steps to give it before the next remedy is tried.
+    ``wait`` is how many optimizer steps to give it before the next remedy is tried, ``command`` what to type, where the
+    run is known that it is for.
     """
 
     do: str
     wait: int = 0
+    command: str = ""
 
     @property
     def options(self) -> str:

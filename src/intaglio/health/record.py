@@ -54,7 +54,7 @@ class Record:
 
     ``facts`` are what audits found that no number says (names of tensors, of modules), and ``config`` the run's
     settings as plain dicts; both are empty for a history alone. ``steps`` is how long the run is meant to be, where
-    known, and ``running`` whether it goes on.
+    known, and ``running`` whether it goes on; ``run`` is its folder.
     """
 
     series: Mapping[str, Series]
@@ -62,6 +62,7 @@ class Record:
     config: Mapping[str, Any] = field(default_factory=dict)
     steps: int | None = None
     running: bool = False
+    run: str = ""
 
     def get(self, name: str) -> Series | None:
         """The series of that very name, if it has a value."""

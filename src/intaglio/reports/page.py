@@ -223,7 +223,8 @@ def _finding(finding: Mapping[str, Any]) -> str:
 
 def _remedy(remedy: Mapping[str, Any]) -> str:
     wait = f" (give it {remedy['wait']:,} steps)" if remedy.get("wait") else ""
-    return f"{remedy['do']}{wait}"
+    command = f": {remedy['command']}" if remedy.get("command") else ""
+    return f"{remedy['do']}{wait}{command}"
 
 
 # the numbers

@@ -66,4 +66,5 @@ def _finding(finding: Finding) -> list[str]:
     for number, remedy in enumerate(finding.remedies, 1):
         wait = f" (give it {remedy.wait:,} steps)" if remedy.wait else ""
         said.append(f"  try {number}: {remedy}{wait}")
+        said += [f"         {remedy.command}"] * bool(remedy.command)
     return said

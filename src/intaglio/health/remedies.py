@@ -1,0 +1,57 @@
+"""From a remedy's words to a command that can be run: the option that it names, moved as it says. No torch."""
+
+import re
+import shlex
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+from intaglio.health.finding import Finding, Remedy
+
+UP = ("raise", "longer", "larger", "more", "until it settles", "look ten times")
+DOWN = ("lower", "fewer", "shorter", "smaller", "half", "halve")
+OPTION = re.compile(r"--([a-z_]+(?:\.[a-z_]+)*)(?: ([\w./\[\]-]*\w\]?))?")
+
+
+def commanded(finding: Finding, run: str, config: Mapping[str, Any]) -> Finding:
+    """The finding with a command for each remedy that names an option of the run's configuration."""
+    made = tuple(replace(remedy, command=command(remedy, run, config)) for remedy in finding.remedies)
+    return replace(finding, remedies=made)
+
+
+def command(remedy: Remedy, run: str, config: Mapping[str, Any]) -> str:
+    """What to type; empty where the remedy names no option, or does not say how far to move it.
+
+    A value that is given is taken. Otherwise what is to be raised is doubled and what is to be lowered is halved, or
+    moved tenfold where the remedy says so. More steps alone go on with the run; anything else trains it anew.
+    """
+    changes = {
+        key: value for key, given in OPTION.findall(remedy.do) if (value := _value(remedy.do, key, given, config))
+    }
+    if not changes:
+        return ""
+    words = " ".join(f"--{key} {value}" for key, value in changes.items())
+    if list(changes) == ["train.steps"] and float(changes["train.steps"]) > float(config["train"]["steps"]):
+        return f"intaglio train --resume {shlex.quote(run)} {words}"
+    return f"intaglio train {shlex.quote(f'{run}/config.yaml')} {words}"
+
+
+def _value(said: str, key: str, given: str, config: Mapping[str, Any]) -> str:
+    now: Any = config
+    for part in key.split("."):
+        if not isinstance(now, Mapping) or part not in now:
+            return ""
+        now = now[part]
+    known = given and (given in ("true", "false") or not given.isalpha() or isinstance(now, str))
+    if known:
+        return given
+    if isinstance(now, bool) or not isinstance(now, int | float) or not now:
+        return ""
+    times = 10 if "tenfold" in said else 2
+    if any(word in said for word in DOWN):
+        moved = now / times
+    elif any(word in said for word in UP):
+        moved = now * times
+    else:
+        return ""
+    return f"{max(1, round(moved))}" if isinstance(now, int) else f"{moved:g}"
