@@ -93,10 +93,13 @@ def _health_on_and_off(scratch: Path) -> tuple[list[float], list[float], float]:
     words = ["--runs", str(scratch), "--data.items", "4000", "--train.validate_every", "100000", "--prior.steps", "1"]
     config = load("multimodal-small", [*words, "--train.precision", _precision()])
     assert isinstance(config, MultimodalConfig)
-    on, off, looks = [], [], []
-    for _ in range(ROUNDS):
-        on.append(_trainer(config, [*words, "--name", "watched"])[0])
-        off.append(_trainer(config, [*words, "--health.on", "false"])[0])
+    on: list[float] = []
+    off: list[float] = []
+    looks: list[float] = []
+    for turn in range(ROUNDS):
+        for watched in (turn % 2 == 0, turn % 2 == 1):
+            more = ["--name", "watched"] if watched else ["--health.on", "false"]
+            (on if watched else off).append(_trainer(config, [*words, *more])[0])
     for folder in scratch.glob("watched*"):
         table = read_history(folder / "metrics.parquet")
         looks += table.filter(table["name"] == "train/speed/look_seconds")["value"].to_list()
@@ -170,7 +173,7 @@ def _memory_with_health(scratch: Path) -> float:
 
 
 def _sigreg_ratio(n: int = 512, width: int = 128, slices: int = 256) -> float:
-    """Time of SIGReg forward and backward as its authors' minimal code writes it, over ours; median of seven."""
+    """Time of SIGReg forward and backward as its authors' minimal code writes it, over ours; median of fifteen."""
     x, a = torch.randn(n, width, requires_grad=True), directions(width, slices, torch.Generator().manual_seed(0))
     t = torch.linspace(0, 3, 17)
     weights = torch.full_like(t, 2 * 3 / 16)
@@ -186,7 +189,7 @@ def _sigreg_ratio(n: int = 512, width: int = 128, slices: int = 256) -> float:
         loss().backward()
         return time.perf_counter() - begun
 
-    pairs = [(seconds(published), seconds(lambda: sigreg(x, a))) for _ in range(8)][1:]
+    pairs = [(seconds(published), seconds(lambda: sigreg(x, a))) for _ in range(20)][5:]
     return statistics.median(a / b for a, b in pairs)
 
 

@@ -133,8 +133,9 @@ class Monitor:
         """
         self.count += 1
         pairs = _weighed(losses)
-        norms = [torch.linalg.vector_norm(p.grad, dtype=torch.float32) for p in self._parameters if p.grad is not None]
-        *numbers, norm = _numbers([value for value, _ in pairs.values()], norms)
+        with torch.no_grad():
+            squares = [_square(g) for p in self._parameters if (g := p.grad) is not None]
+        *numbers, norm = _numbers([value for value, _ in pairs.values()], squares)
         if not math.isfinite(sum(numbers)) or not (self.scaled or math.isfinite(norm)):
             self._refuse(_named(pairs, numbers), norm, batch)
         self._audit()
@@ -375,16 +376,23 @@ def _full(name: str, split: str, terms: Collection[str]) -> str:
     return f"{split}/logged/{plain}"
 
 
-def _numbers(values: Sequence[Tensor | float], norms: Sequence[Tensor]) -> list[float]:
-    """Values and the norm of all norms in one synchronisation, which must come before the update it may prevent."""
-    tensors = [v.detach() for v in values if isinstance(v, Tensor)] + list(norms)
+def _square(gradient: Tensor) -> Tensor:
+    """Sum of squares; by a dot product where that can be, which takes half the time of a norm on a CPU."""
+    if gradient.dtype == torch.float32 and gradient.is_contiguous():
+        return torch.dot(flat := gradient.view(-1), flat)
+    return torch.linalg.vector_norm(gradient, dtype=torch.float32).square()
+
+
+def _numbers(values: Sequence[Tensor | float], squares: Sequence[Tensor]) -> list[float]:
+    """Values and the root of the squares' sum in one synchronisation, before the update that they may prevent."""
+    tensors = [v.detach() for v in values if isinstance(v, Tensor)] + list(squares)
     device = next((t.device for t in tensors if t.device.type != "cpu"), None)
     if device is None:
         known = [t.item() for t in tensors]
     else:
         known = torch.stack([t.float().reshape(()).to(device) for t in tensors]).tolist()
     rest = iter(known)
-    return [*(next(rest) if isinstance(v, Tensor) else float(v) for v in values), math.hypot(*rest)]
+    return [*(next(rest) if isinstance(v, Tensor) else float(v) for v in values), math.sqrt(math.fsum(rest))]
 
 
 def _tensors(output: Any) -> Iterator[Tensor]:

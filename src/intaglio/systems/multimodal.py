@@ -33,8 +33,8 @@ UNSEEN = 0.1
 """Share of captions that are learnt without their latent, so that captions can be drawn before there is one."""
 
 
-TRIED = 128
-"""Items of the probe whose latents are exchanged in trials."""
+TRIED, PAINTED = 128, 64
+"""Items of the probe whose latents are exchanged in trials of captions, and of images, which take longer."""
 
 
 class Pairing(nn.Module):
@@ -130,7 +130,7 @@ class MultimodalSystem(System):
             q = network.encode_image(images)
             z, few = q.mean.float(), slice(0, TRIED)
             costs = cost_of_exchange(lambda z: self._caption_nats(z, batch.ids[few]), z[few])
-            blurs = cost_of_exchange(lambda z: self._image_errors(z, images[few]), z[few])
+            blurs = cost_of_exchange(lambda z: self._image_errors(z, images[:PAINTED]), z[:PAINTED])
         found: dict[str, Mapping[str, Measured]] = {
             "val/caption": {f"{other}_latent_nats": m for other, m in costs.items()},
             "val/image": {f"{other}_latent_error": m for other, m in blurs.items()},
