@@ -193,7 +193,7 @@ def _verdict(whose: str, part: _Part) -> str:
         for gap in findings.get("not_measured", [])
     ]
     unmeasured = "".join(f"<li>{escape(gap)}</li>" for gap in gaps)
-    told = f"{len(findings.get('passed', []))} rules passed; {len(gaps)} quantities were not measured"
+    told = f"{len(findings.get('passed', []))} rules found nothing; not measured: {len(gaps)}"
     rest = f'<details class="unmeasured"><summary>{told}</summary><ul>{unmeasured}</ul></details>' if unmeasured else ""
     found = "".join(map(_finding, findings.get("findings", [])))
     css = word.replace(" ", "-")
@@ -208,7 +208,7 @@ def _finding(finding: Mapping[str, Any]) -> str:
     evidence = ", ".join(
         f"{k} {written(v) if isinstance(v, float) else v}" for k, v in (finding.get("evidence") or {}).items()
     )
-    remedies = "".join(f"<li>{escape(_remedy(remedy))}</li>" for remedy in finding.get("remedies", []))
+    remedies = "".join(f"<li>{_remedy(remedy)}</li>" for remedy in finding.get("remedies", []))
     candidates = "".join(f"<li>{escape(str(c))}</li>" for c in finding.get("candidates", []))
     return (
         f'<div class="finding"><p><b class="{escape(severity)}">{escape(severity.capitalize())}</b> '
@@ -223,8 +223,9 @@ def _finding(finding: Mapping[str, Any]) -> str:
 
 def _remedy(remedy: Mapping[str, Any]) -> str:
     wait = f" (give it {remedy['wait']:,} steps)" if remedy.get("wait") else ""
-    command = f": {remedy['command']}" if remedy.get("command") else ""
-    return f"{remedy['do']}{wait}{command}"
+    if not remedy.get("command"):
+        return escape(f"{remedy['do']}{wait}")
+    return f"{escape(remedy['do'].split(': --')[0] + wait)}<br><code>{escape(remedy['command'])}</code>"
 
 
 # the numbers
