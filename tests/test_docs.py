@@ -49,6 +49,9 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for name in ("multimodal-small", "multimodal-folder"):
         (place / "runs" / name).symlink_to(run.path)
     (place / "RUN").symlink_to(run.path)
+    rows = [f"{50 * k},{2.0 ** (-k / 8) + 0.3:.6f},{2.0 ** (-k / 9) + 0.35:.6f},{k / 60}" for k in range(60)]
+    (place / "history.csv").write_text("\n".join(["step,loss,val_loss,quux", *rows]) + "\n")
+    (place / "plan.yaml").write_text("plan:\n  - {watch: val/loss/total, above: 100}\n")
     return place
 
 
@@ -69,6 +72,8 @@ def test_command_of_the_docs_works(
     expected = {1} if words[:2] == ["check", "documented-multimodal"] or words[0] == "evaluate" else {0}
     if words[0] == "diagnose" and "--explain" not in words:
         expected = {0, 1, 3}  # the verdict on a run of twenty steps
+    if words[0] in ("compare", "report"):
+        expected = {0, 1, 3}
     assert main(words) in expected, capsys.readouterr().err
     out = capsys.readouterr().out
     if "--json" in words:

@@ -226,7 +226,7 @@ def test_diagnose_answers_in_words_json_and_exit_codes(healthy, capsys, tmp_path
     assert "Bowman" in capsys.readouterr().out
     for words, said in (
         (["diagnose"], "which run?"),
-        (["diagnose", str(tmp_path)], "is not a run folder"),
+        (["diagnose", str(tmp_path)], "holds no history"),
         (["diagnose", str(healthy.path), "--rule", "near-chanse"], "did you mean 'near-chance'"),
         (["diagnose", str(healthy.path), "--profile", "documant"], "There is no profile"),
         (["diagnose", "--explain", "memry-short"], "There is no rule 'memry-short'"),

@@ -7,9 +7,10 @@ import pytest
 
 from intaglio.health.diagnosis import chosen, diagnose, load_profile
 from intaglio.health.finding import Remedy
-from intaglio.health.record import Record, Series
+from intaglio.health.record import Record
 from intaglio.health.remedies import command
 from intaglio.health.rules import all_rules
+from intaglio.history import Series
 
 STEPS = np.arange(20, 2020, 20)
 NOISE = np.random.default_rng(0).normal(size=len(STEPS))
@@ -50,6 +51,8 @@ CASES = [
     ("diverged", {"train/loss/a": series(SPIKE)}, []),
     ("diverged", {"train/loss/a": series(LATE)}, []),
     ("diverged", {"train/loss/total": series(UP), "train/weight/kl": series(STEPS / 2000)}, None),
+    ("adversary-won", {"train/loss/discriminator": series(np.where(STEPS > 400, 1e-3, 1.3))}, ["warning"]),
+    ("adversary-won", {"train/loss/discriminator": series(1.38 + 0.05 * NOISE)}, []),
     ("spike", {"train/loss/a": series(SPIKE)}, ["warning"]),
     ("spike", {"train/loss/a": series(HEALTHY)}, []),
     ("spike", {"train/optimizer/gradient_norm": series(np.exp(NOISE))}, []),
@@ -77,11 +80,13 @@ CASES = [
     ("input-starved", {"train/speed/wait_share": series(0.01)}, []),
     ("no-learning", {"val/loss/a": looks(2.99, null=3.0)}, ["fail"]),
     ("no-learning", {"val/loss/a": looks(1.0, null=3.0)}, []),
-    ("no-learning", {"val/loss/a": looks(1.0)}, None),
+    ("no-learning", {"val/loss/a": looks(1.0)}, ["fail"]),
+    ("no-learning", {"val/loss/a": looks(TURNED)}, []),
+    ("no-learning", {"val/loss/a": series(1.0, steps=np.arange(3))}, None),
     ("plateau", {"train/loss/a": series(math.log(32) + 0.001 * NOISE)}, ["fail"]),
     ("plateau", {"train/loss/a": series(HEALTHY)}, []),
     ("plateau", {"train/loss/a": series(LATE)}, []),
-    ("overfitting", {"train/loss/a": series(HEALTHY), "val/loss/a": looks(TURNED)}, ["warning"]),
+    ("overfitting", {"train/loss/a": series(HEALTHY), "val/loss/a": looks(TURNED)}, ["fail"]),
     ("overfitting", {"train/loss/a": series(HEALTHY), "val/loss/a": looks(3 * np.exp(-np.arange(10) / 2) + 0.4)}, []),
     ("validation-missing", {"train/loss/a": series(HEALTHY)}, ["fail"]),
     ("validation-missing", {"train/loss/a": series(HEALTHY), "val/loss/a": series([2, 1], steps=[1, 2])}, ["warning"]),

@@ -7,11 +7,21 @@ Nothing heavy is imported until one is called.
 from importlib import import_module
 from typing import Any
 
+WITHOUT_TORCH = {
+    "changelog": "intaglio.reports.changelog:changelog",
+    "compare": "intaglio.reports.comparison:compare",
+    "diagnose": "intaglio.analysis:diagnose",
+    "judge": "intaglio.analysis:judge",
+    "report": "intaglio.reports.report:write_report",
+    "runs": "intaglio.reports.lineage:read_lineage",
+}
+"""Where the verbs are that need no model."""
+
 VERBS = (
+    *WITHOUT_TORCH,
     "caption",
     "check",
     "demo",
-    "diagnose",
     "encode",
     "evaluate",
     "generate",
@@ -28,7 +38,8 @@ __all__ = ["VERBS", "__version__", *VERBS]
 
 def __getattr__(name: str) -> Any:
     if name in VERBS:
-        return getattr(import_module("intaglio.api"), name)
+        module, _, function = WITHOUT_TORCH.get(name, f"intaglio.api:{name}").partition(":")
+        return getattr(import_module(module), function)
     raise AttributeError(f"module 'intaglio' has no attribute {name!r}; verbs: {', '.join(VERBS)}")
 
 

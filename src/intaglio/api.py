@@ -1,4 +1,4 @@
-"""The verbs as functions: what ``intaglio VERB`` does, ``intaglio.VERB(...)`` does.
+"""The verbs that need a model, as functions: what ``intaglio VERB`` does, ``intaglio.VERB(...)`` does.
 
 Shapes: N items, S image side, Z latent dimensions.
 """
@@ -21,7 +21,6 @@ from intaglio.data.prepare import Prepared, prepare
 from intaglio.data.vectors import VectorFile
 from intaglio.health.check import CheckReport
 from intaglio.health.check import check as check_config
-from intaglio.health.diagnosis import Diagnosis, diagnose_run
 from intaglio.history import HistoryWriter, Reading, read_history, run_folder
 from intaglio.history.run_folder import RunFolder
 from intaglio.models.multimodal import GUIDANCE, TEMPERATURE, MultimodalModel, of_run, open_model
@@ -32,7 +31,6 @@ __all__ = [
     "caption",
     "check",
     "demo",
-    "diagnose",
     "encode",
     "evaluate",
     "generate",
@@ -223,15 +221,6 @@ def evaluate(run: str | Path) -> tuple[dict[str, Reading], list[str]]:
     evaluation = measure(model, prepared_of(folder, model), folder)
     conclude(folder, evaluation, folder.record["model_step"], lines.append)
     return evaluation.readings, lines
-
-
-def diagnose(
-    run: str | Path, profile: str | Path = "default", rules: Sequence[str] = (), trials: bool = False
-) -> Diagnosis:
-    """The verdict on a run, live or finished; with ``trials`` its saved model is read and tried first."""
-    if trials:
-        look_again(run)
-    return diagnose_run(run, profile, rules)
 
 
 def look_again(run: str | Path) -> dict[str, Reading]:

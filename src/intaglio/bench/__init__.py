@@ -30,9 +30,13 @@ class Result:
         return self.measured >= self.target if self.better == "higher" else self.measured <= self.target
 
 
-def run_benchmark(what: str, out: str) -> int:
-    """Runs the benchmark ``what`` and writes ``out/<what>.json``; 0 if every target was met, else 1."""
-    results, facts = import_module(f"intaglio.bench.{what}").measure()
+def run_benchmark(what: str, out: str, data: str | None = None) -> int:
+    """Runs the benchmark ``what`` and writes ``out/<what>.json``; 0 if every target was met, else 1.
+
+    ``data`` is a folder of labelled histories, for the benchmark that judges those.
+    """
+    measure = import_module(f"intaglio.bench.{what}").measure
+    results, facts = measure(data) if what == "histories" else measure()
     write(Path(out) / f"{what}.json", results, facts)
     print(markdown(results))
     return int(not all(r.met for r in results))

@@ -6,7 +6,8 @@ as itself.
 """
 
 import difflib
-from collections.abc import Mapping, Sequence
+import json
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, fields, is_dataclass
 from importlib.resources import files
 from pathlib import Path
@@ -14,6 +15,7 @@ from typing import Any, get_type_hints
 
 import yaml
 
+from intaglio.config import plan
 from intaglio.config.faults import check_values
 from intaglio.config.settings import (
     SYSTEMS,
@@ -79,6 +81,7 @@ def from_dict(tree: Mapping[str, Any], overrides: Sequence[str] = (), where: str
         raise ValueError(f"{where}: system is {system!r}; it must be one of: {', '.join(SYSTEMS)}.")
     kind = SYSTEMS[system]
     _check_keys(tree, kind, where)
+    overrides = list(_plan_read(overrides))
     for word in overrides:
         if word.startswith("--"):
             _check_path(word[2:].split("=", 1)[0], kind)
@@ -163,6 +166,16 @@ def _choose_length(tree: dict[str, Any], overrides: Sequence[str]) -> None:
         for name in {"steps", "epochs"} - {other}:
             if f"train.{name}" not in given:
                 tree.setdefault("train", {})[name] = None
+
+
+def _plan_read(overrides: Sequence[str]) -> Iterator[str]:
+    """``--plan FILE`` becomes ``--plan`` with what the file holds; one that is written out begins with a bracket."""
+    words = iter(overrides)
+    for word in words:
+        word = f"--plan={next(words, '')}" if word == "--plan" else word
+        given = word.removeprefix("--plan=")
+        written = given == word or given.startswith("[")
+        yield word if written else f"--plan={json.dumps(plan.read(given), default=str)}"
 
 
 def _merge(base: dict[str, Any], change: Mapping[str, Any]) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 
+from intaglio.config.plan import parse
 from intaglio.config.settings import Config, MultimodalConfig
 
 
@@ -9,6 +10,7 @@ def check_values(config: Config) -> None:
     """Raises a ``ValueError`` for the first fault."""
     for message in _faults(config):
         raise ValueError(message)
+    parse(config.plan)
 
 
 def _faults(config: Config) -> Iterator[str]:
@@ -62,6 +64,8 @@ def _faults(config: Config) -> Iterator[str]:
         yield f"optim.betas is {list(o.betas)}; use decay rates in [0, 1), such as [0.9, 0.99]."
     if not t.monitor.startswith("val/loss/"):
         yield f"train.monitor is {t.monitor}; the best look has the lowest value, so name a val/loss/… quantity."
+    if config.plan and not config.health.on:
+        yield "plan is checked by health, which is off: set health.on to true, or plan to []."
     if isinstance(config, MultimodalConfig):
         yield from _multimodal_faults(config)
 

@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 
 @dataclass(frozen=True)
@@ -198,6 +198,7 @@ class Config:
         seed: decides data, order, initial weights and noise.
         name: of the run folder; empty for the recipe's name.
         runs: folder that holds the run folders.
+        plan: limits that are checked while training, and what is done then; see docs/plans.md.
     """
 
     system: str
@@ -208,6 +209,7 @@ class Config:
     optim: OptimConfig = field(default_factory=OptimConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     health: HealthConfig = field(default_factory=HealthConfig)
+    plan: tuple[dict[str, Any], ...] = ()
 
 
 @dataclass(frozen=True)

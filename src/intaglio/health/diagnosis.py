@@ -9,9 +9,11 @@ from pathlib import Path
 from typing import Any
 
 from intaglio.config import to_dict
+from intaglio.health import plan as plans
 from intaglio.health.finding import Finding
+from intaglio.health.plan import Limit
 from intaglio.health.record import Record, of_readings, of_table
-from intaglio.health.remedies import commanded
+from intaglio.health.remedies import commanded, in_words
 from intaglio.health.rule import Limits, Rule, apply
 from intaglio.health.rules import all_rules
 from intaglio.history import Reading, read_history
@@ -21,6 +23,8 @@ from intaglio.history.table import portable
 ESSENTIAL = ("non-finite", "no-learning", "overfitting", "validation-missing")
 """Rules that must have looked before a run is called healthy."""
 
+ESSENTIAL_IF_LOGGED = ("posterior-collapse", "codebook-collapse", "adversary-won")
+"""Rules that must have judged what they read of a foreign history before it is called healthy: losses don't show it."""
 
 LOST = ("unreadable", "no caption")
 """Reasons of the intake that mean that an item is not learnt from."""
@@ -52,12 +56,21 @@ def diagnose(
     profile: Mapping[str, Limits] | None = None,
     rules: Sequence[Rule] | None = None,
     not_measured: Mapping[str, str] | None = None,
+    plan: Sequence[Limit] | None = None,
 ) -> Diagnosis:
-    """Judges a record by all rules, or those given. ``not_measured`` are quantities that are known to be missing."""
-    rules = all_rules() if rules is None else rules
+    """Judges a record by all rules, or those given, and by a plan; by its own plan too where it is judged by all.
+
+    ``not_measured`` are quantities that are known to be missing.
+    """
+    if plan is None:
+        plan = plans.load_plan(record.config) if rules is None and not record.foreign else ()
+    rules = [*(all_rules() if rules is None else rules), *plans.rules_of(plan, not_measured)]
     judged = apply(rules, record, profile, not_measured)
     severities = {f.severity for f in judged.findings}
-    blind = {r.id for r in rules if r.id in ESSENTIAL} - set(judged.passed)
+    essential = {r.id for r in rules if r.id in ESSENTIAL} | plans.must_haves(plan, record)
+    if record.foreign:
+        essential |= (set(ESSENTIAL_IF_LOGGED) & set(judged.not_measured)) - set(judged.unread)
+    blind = essential - set(judged.passed)
     if "fail" in severities:
         verdict = "failing"
     elif blind or not judged.passed:
@@ -73,7 +86,9 @@ def diagnose(
         )
     reasons += [{"quantity": name, "reason": why} for name, why in (not_measured or {}).items()]
     findings = judged.findings
-    if record.run and record.config:
+    if record.foreign:
+        findings = tuple(map(in_words, findings))
+    elif record.run and record.config:
         findings = tuple(commanded(finding, record.run, record.config) for finding in findings)
     return Diagnosis(verdict, findings, judged.passed, tuple(reasons))
 
@@ -91,12 +106,21 @@ def record_of(folder: RunFolder, readings: Mapping[str, Reading] | None = None, 
         raise ValueError(f"{folder.path} has no metrics yet, so there is nothing to judge: train first.")
     config = to_dict(folder.config()) if (folder.path / "config.yaml").is_file() else {}
     steps = config["train"]["steps"] if config else folder.record.get("steps")
-    series = {**of_table(read_history(history)).series, **of_readings(readings or {}, step).series}
-    return Record(series, facts_of(folder), config, steps, folder.record["status"] == "running", str(folder.path))
+    logged = of_table(read_history(history)).series
+    series = {**logged, **of_readings(readings or {}, step).series}
+    running = folder.record["status"] == "running"
+    return Record(series, facts_of(folder), config, steps, running, str(folder.path), logged=logged)
 
 
-def diagnose_run(run: str | Path, profile: str | Path = "default", rules: Iterable[str] = ()) -> Diagnosis:
-    """The verdict on a run folder, live or finished, by all rules or those named; writes ``findings.json`` if by all.
+def diagnose_run(
+    run: str | Path,
+    profile: str | Path = "default",
+    rules: Iterable[str] = (),
+    plan: Sequence[Limit] | None = None,
+) -> Diagnosis:
+    """The verdict on a run folder, live or finished, by all rules or those named, and by its own plan or another.
+
+    Writes ``findings.json`` if it is by all rules and its own plan.
 
     Raises:
         ValueError: no run folder, no metrics in it yet, an unknown profile or rule.
@@ -105,8 +129,8 @@ def diagnose_run(run: str | Path, profile: str | Path = "default", rules: Iterab
     limits = load_profile(profile)
     readings, missing, step = _evaluation(folder)
     record = record_of(folder, readings, step)
-    diagnosis = diagnose(record, limits, chosen(named) if named else None, missing)
-    if not named and str(profile) == "default":
+    diagnosis = diagnose(record, limits, chosen(named) if named else None, missing, plan)
+    if not named and plan is None and str(profile) == "default":
         write_findings(folder, diagnosis)
     return diagnosis
 

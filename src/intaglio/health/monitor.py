@@ -29,6 +29,8 @@ from torch import Tensor, nn
 from intaglio.health import audits, panel
 from intaglio.health.diagnosis import Diagnosis, diagnose, facts_of, load_profile, write_findings
 from intaglio.health.finding import Finding
+from intaglio.health.notify import Notifier
+from intaglio.health.plan import load_plan
 from intaglio.health.record import Growing, Record
 from intaglio.health.rules import all_rules
 from intaglio.history import HistoryWriter, Measured, Reading
@@ -69,6 +71,7 @@ class Monitor:
         log_every: steps between rows of losses.
         steps: how long the run is meant to be, where that is known.
         profile: limits of the rules: ``default``, ``documents``, or a YAML file.
+        plan: limits of your own, as a YAML file or its lines; see docs/plans.md.
         nulls: by name, as ``val/loss/total``, what a quantity is where nothing has been learnt.
         on_finding: called with each new finding.
         stop: raises ``Stopped`` at the first failing finding.
@@ -91,9 +94,10 @@ class Monitor:
         forward: Callable[[nn.Module, Any], Any] | None = None,
         read: Callable[[nn.Module, Any], Mapping[str, Mapping[str, Measured]]] | None = None,
         every: int = 500,
-        log_every: int = 10,
+        log_every: int = 20,
         steps: int | None = None,
         profile: str | Path = "default",
+        plan: str | Path | Sequence[Mapping[str, Any]] = (),
         nulls: Mapping[str, float] | None = None,
         on_finding: Callable[[Finding], None] | None = None,
         stop: bool = False,
@@ -105,11 +109,15 @@ class Monitor:
         self.forward, self.read = forward or (lambda m, batch: m(batch)), read
         self.every, self.log_every, self.steps, self.stop = every, log_every, steps, stop
         self.nulls, self.on_finding = dict(nulls or {}), on_finding
-        self.profile = load_profile(profile)
+        self.profile, self.plan = load_profile(profile), load_plan(plan)
+        for limit in self.plan:
+            if limit.checkpoint:
+                raise ValueError(f"{limit.claim}: a monitor keeps no checkpoints; save yours in on_finding.")
         self.taps = {site: _module(model, path) for site, path in (taps or {}).items()}
         self.missing: dict[str, str] = {}
         self._try_probe()
         self.folder = _new_folder(Path(folder), steps)
+        self.notifier = Notifier(self.folder.path)
         self.history = HistoryWriter(self.folder.metrics)
         self.count = self.start = start
         self.terms: Collection[str] = ()
@@ -223,12 +231,16 @@ class Monitor:
         self.history.flush()
         diagnosis = self._diagnosis()
         write_findings(self.folder, diagnosis)
+        limits = {limit.id: limit for limit in self.plan}
         for finding in diagnosis.findings:
+            limit = limits.get(finding.rule)
             if (finding.rule, finding.severity) not in self._told:
                 self._told.add((finding.rule, finding.severity))
                 if self.on_finding:
                     self.on_finding(finding)
-                if self.stop and finding.severity == "fail":
+                if limit:
+                    self.notifier.send(limit, finding, self.count)
+                if (self.stop and finding.severity == "fail") or (limit and limit.stop):
                     self.folder.update(status="stopped", stopped_by=finding.rule)
                     raise Stopped(finding)
         return diagnosis
@@ -238,7 +250,7 @@ class Monitor:
         self._write_facts()
         diagnosis = self.judge()
         self.history.close()
-        self.folder.update(status="finished", step=self.count)
+        self.folder.update(status="finished", step=self.count, notices=self.notifier.close())
         return diagnosis
 
     def __enter__(self) -> "Monitor":
@@ -254,7 +266,7 @@ class Monitor:
         facts = facts_of(self.folder) | self.facts
         running = self.folder.record["status"] == "running"
         record = Record(self.growing.series(), facts, {}, self.steps, running)
-        return diagnose(record, self.profile, not_measured=self.missing)
+        return diagnose(record, self.profile, not_measured=self.missing, plan=self.plan)
 
     def _due(self, step: int) -> bool:
         return step % self.every == 0 or step == self.start + AUDITED + 1

@@ -13,12 +13,14 @@ CASES = "E the engravings model, D the diffusion model, V the question answering
 
 FAMILIES = {
     "training": "Any training, from its curves",
+    "terms": "The terms of the loss",
     "generalisation": "Is anything learnt, and does it hold?",
     "audits": "Audits at load and in the first steps",
     "latent": "Latent space",
     "bottleneck": "KL bottleneck",
     "codebook": "Codebook",
     "contrastive": "Contrastive and predictive losses",
+    "adversarial": "Two networks against each other",
     "text": "Text decoders",
     "static": "Before training alone, by `intaglio check`",
 }

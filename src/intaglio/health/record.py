@@ -9,43 +9,10 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from intaglio.history import NotMeasured, Reading
+from intaglio.history import NotMeasured, Reading, Series
 
 if TYPE_CHECKING:
     import polars as pl
-
-
-@dataclass(frozen=True)
-class Series:
-    """One quantity over optimizer steps, in order: arrays (n,); ``nulls`` and ``counts`` are NaN where unknown."""
-
-    steps: np.ndarray
-    values: np.ndarray
-    nulls: np.ndarray
-    counts: np.ndarray
-
-    def __len__(self) -> int:
-        return len(self.steps)
-
-    def after(self, step: int) -> "Series":
-        """The part from ``step`` on."""
-        part = self.steps >= step
-        return Series(self.steps[part], self.values[part], self.nulls[part], self.counts[part])
-
-    @property
-    def value(self) -> float:
-        """The latest value."""
-        return float(self.values[-1])
-
-    @property
-    def null(self) -> float | None:
-        """The latest null, or None where none is known."""
-        return None if np.isnan(self.nulls[-1]) else float(self.nulls[-1])
-
-    @property
-    def n(self) -> int | None:
-        """How many samples the latest value rests on, or None where that is unknown."""
-        return None if np.isnan(self.counts[-1]) else int(self.counts[-1])
 
 
 @dataclass(frozen=True)
@@ -54,7 +21,9 @@ class Record:
 
     ``facts`` are what audits found that no number says (names of tensors, of modules), and ``config`` the run's
     settings as plain dicts; both are empty for a history alone. ``steps`` is how long the run is meant to be, where
-    known, and ``running`` whether it goes on; ``run`` is its folder.
+    known, and ``running`` whether it goes on; ``run`` is its folder; ``foreign`` is the format of a history that is not
+    ours, whose gaps say nothing of the run. ``logged`` are series every row of which counts, where ``series`` has them
+    thinned or replaced by a final measurement, and ``renamed`` maps a foreign history's own names to ours.
     """
 
     series: Mapping[str, Series]
@@ -63,6 +32,9 @@ class Record:
     steps: int | None = None
     running: bool = False
     run: str = ""
+    foreign: str = ""
+    logged: Mapping[str, Series] = field(default_factory=dict)
+    renamed: Mapping[str, str] = field(default_factory=dict)
 
     def get(self, name: str) -> Series | None:
         """The series of that very name, if it has a value."""

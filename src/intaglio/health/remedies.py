@@ -19,6 +19,33 @@ def commanded(finding: Finding, run: str, config: Mapping[str, Any]) -> Finding:
     return replace(finding, remedies=made)
 
 
+PLAINLY = {
+    "optim.rate": "the learning rate",
+    "optim.warmup": "warm-up of the rate",
+    "optim.clip": "the gradient's norm",
+    "train.steps": "training",
+    "train.batch_size": "batch",
+    "train.validate_every": "more looks at held-out items",
+    "train.patience": "early stopping after a few looks without progress",
+    "train.precision": "full precision (float32)",
+    "model.dropout": "dropout",
+    "loss.kl": "the KL's weight",
+    "loss.contrastive": "the contrastive weight",
+}
+
+
+def in_words(finding: Finding) -> Finding:
+    """The finding with remedies that name no option of ours, as the user of another program can read them."""
+    said = (replace(remedy, do=_plainly(remedy.do)) for remedy in finding.remedies)
+    return replace(finding, remedies=tuple(remedy for remedy in said if remedy.do))
+
+
+def _plainly(said: str) -> str:
+    if ": --" in said:
+        return said.partition(": --")[0]
+    return OPTION.sub(lambda option: PLAINLY.get(option[1], ""), said).strip(" ,")
+
+
 def command(remedy: Remedy, run: str, config: Mapping[str, Any]) -> str:
     """What to type; empty where the remedy names no option, or does not say how far to move it.
 

@@ -101,6 +101,8 @@ def apply(
         if r.judge is None or (r.concerns and record.config.get("system", r.concerns[0]) not in r.concerns):
             continue
         if not record.matching(*r.needs) and not any(key in record.facts for key in r.facts):
+            if record.foreign and r.concerns:
+                continue  # of a kind of model that nothing in this history tells of
             known = [why for name, why in (gaps or {}).items() if any(fnmatchcase(name, p) for p in r.needs)]
             missing[r.id] = known[0] if known else f"needs {' or '.join((*r.needs, *r.facts))}"
             unread += [] if known else [r.id]

@@ -4,11 +4,16 @@ import textwrap
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from itertools import chain
+from typing import TYPE_CHECKING
 
 from intaglio.health.diagnosis import ESSENTIAL, Diagnosis
 from intaglio.health.finding import Finding
 from intaglio.history import Reading
+from intaglio.reports.safe import plain
 from intaglio.reports.words import beats_null, interval, paired, quantity, written
+
+if TYPE_CHECKING:
+    from intaglio.health.foreign import Judged
 
 MARKS = {True: "✓", False: "✗", None: " "}
 HEAD = ("", "quantity", "training", "held out", "95 % interval", "null", "the null is")
@@ -54,6 +59,25 @@ def verdict_lines(diagnosis: Diagnosis) -> list[str]:
         told = ", ".join(f"{family} {count}" for family, count in unread.items())
         lines += _wrapped(f"nothing to read for {unread.total()} rules ({told}): --json says what to log for each")
     return lines
+
+
+def history_lines(judged: "Sequence[Judged]") -> list[str]:
+    """Lines for a terminal on each run of a foreign history: how it was read, then its verdict; many in a line each."""
+    if len(judged) > 1:
+        width = min(40, max(len(plain(x.history.name)) for x in judged))
+        lines = [f"{judged[0].history.format}: {len(judged)} runs; --run NAME for the whole of one"]
+        for x in judged:
+            said = ", ".join(dict.fromkeys(f.rule for f in x.diagnosis.findings if f.severity != "note"))
+            lines.append(f"  {plain(x.history.name):<{width}}  {x.diagnosis.verdict.upper():<11}  {said}".rstrip())
+        return lines
+    (x,) = judged
+    h = x.history
+    rows = max((len(s) for s in h.given.values()), default=0)
+    names = ", ".join(f"{theirs} as {ours}" for theirs, ours in x.renamed.items() if theirs != ours)
+    lines = [f"{plain(h.name)}: {h.format}, {len(h.given)} metrics, {rows:,} rows, by {plain(h.axis)}"]
+    lines += _wrapped(f"read: {plain(names)}") if names else []
+    lines += chain.from_iterable(_wrapped(f"note: {plain(notice)}") for notice in h.notices)
+    return [*lines, *map(plain, verdict_lines(x.diagnosis))]
 
 
 def _wrapped(text: str) -> list[str]:

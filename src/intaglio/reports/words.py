@@ -1,6 +1,7 @@
 """Quantities in plain words: what each is called, which way is better, what its null stands for, how it is written."""
 
 import math
+import re
 from typing import NamedTuple
 
 from intaglio.history import Reading
@@ -51,6 +52,47 @@ def quantity(name: str) -> Quantity:
     return QUANTITIES.get(name) or Quantity(name)
 
 
+HIGHER = (
+    "accuracy",
+    "psnr",
+    "ssim",
+    "bleu",
+    "r2",
+    "recall",
+    "precision",
+    "auc",
+    "f1",
+    "top1",
+    "object",
+    "active_units",
+)
+LOWER = ("loss", "mse", "error", "nats_per_token", "nll", "distance")
+
+
+def better(name: str) -> int:
+    """Which way is better for ``<site>/<quantity>``: +1 more, −1 less, 0 unknown, as for a KL or a quantiser's term."""
+    known = quantity(name).better
+    site, _, last = name.rpartition("/")
+    if known or any(word in last for word in ("kl", "vq", "commit", "codebook", "discriminator", "generator")):
+        return known
+    if site.endswith("loss") or any(last.endswith(word) for word in LOWER):
+        return -1
+    return 1 if any(word in last for word in HIGHER) else 0
+
+
+def titled(name: str) -> str:
+    """``<site>/<quantity>`` as a person says it: “total loss”, “learning rate”, “latent std”; others as they are."""
+    site, _, last = name.partition("/")
+    if not last or "/" in last:
+        return name
+    words = last.replace("_", " ")
+    if site == "loss":
+        return f"{words} loss"
+    if site in ("optimizer", "logged"):
+        return {"rate": "learning rate"}.get(last, words)
+    return f"{site} {words}"
+
+
 def paired(readings: dict[str, Reading]) -> dict[str, tuple[Reading | None, Reading | None]]:
     """``<site>/<quantity>`` → (training, held-out), the known ones first and in their order."""
     names = dict.fromkeys(name.split("/", 1)[1] for name in readings)
@@ -73,6 +115,53 @@ def written(value: float | None, unit: str = "") -> str:
     return f"{value:.{min(digits, 5)}f}".replace("-", "−") if abs(value) < 1e5 else f"{value:.3g}"
 
 
+def short(value: float | None) -> str:
+    """A number with four digits, whatever its size."""
+    if value is None or not math.isfinite(value):
+        return written(value)
+    text = f"{value:.4g}"
+    if "e" in text:
+        mantissa, _, exponent = text.partition("e")
+        text = f"{mantissa}e{int(exponent)}"
+    elif abs(value) >= 1e4:
+        text = f"{value:,.0f}"
+    return text.replace("-", "−")
+
+
+def percent(share: float) -> str:
+    """A share in per cent with three digits, or a factor where it is large."""
+    if not math.isfinite(share):
+        return "unknown"
+    if abs(share) >= 10:
+        return f"{short(share)} times"
+    return f"{100 * share:.3g} %".replace("-", "−")
+
+
+def change(share: float) -> str:
+    """A relative change with its sign."""
+    return ("+" if share > 0 else "") + percent(share)
+
+
+COUNTED = {"step", "epoch", "row", "iteration", "batch"}
+
+
+def unit(axis: str, many: bool = True) -> str:
+    """What the column ``axis`` counts, as a person says it: “steps” of ``global_step``, “epochs” of ``Epoch``."""
+    word = axis.lower().removeprefix("optimizer ").removeprefix("trainer/").removeprefix("global_").strip("_ ")
+    word = {"iter": "iteration", "it": "iteration", "steps": "step", "epochs": "epoch"}.get(word, word)
+    if word not in COUNTED:
+        return axis
+    return {"batch": "batches"}.get(word, f"{word}s") if many else word
+
+
+def duration(seconds: float | None) -> str:
+    """A time as a person says it."""
+    if seconds is None:
+        return "an unrecorded time"
+    minutes = seconds / 60
+    return f"{seconds:.0f} s" if minutes < 2 else f"{minutes:.0f} min" if minutes < 120 else f"{minutes / 60:.1f} h"
+
+
 def interval(reading: Reading, unit: str = "") -> str:
     """The 95 % interval, or nothing where none was measured."""
     if reading.low is None or reading.high is None:
@@ -86,3 +175,28 @@ def beats_null(reading: Reading, better: int) -> bool | None:
         return None
     worst = reading.low if better > 0 else reading.high
     return better * ((reading.value if worst is None else worst) - reading.null) > 0
+
+
+SITES = ("loss", "logged", "caption", "image", "latent", "codes", "vq", "pair", "retrieval", "optimizer")
+LAST = ("weight", "speed", "text")
+COUNTS = "epoch|batch|iter(ation)?s?|steps?|time(stamp)?|runtime|elapsed|dur(ation)?|eta|seed|best|system|event_cp"
+PREFERRED = ("total", "rate", "accuracy", "std", "norm", "covariance_rank", "varying_share", "perplexity")
+
+
+def bookkeeping(name: str) -> bool:
+    """Whether a name that is none of ours is that of a counter, a clock or a mark, which says nothing of a model."""
+    return re.search(f"(^|[^a-z])({COUNTS})($|[^a-z])", name, re.IGNORECASE) is not None
+
+
+def importance(name: str) -> tuple[int, int, str, int]:
+    """What metrics are sorted by: total losses, their terms, what is judged, statistics, names of others, bookkeeping.
+
+    Training and held-out values of one quantity stand together.
+    """
+    split, _, rest = name.partition("/")
+    site, _, last = rest.partition("/")
+    if not last or split not in ("train", "val", "test"):
+        return (len(SITES) + 9 if bookkeeping(name) else len(SITES), 0, name, 0)
+    first = PREFERRED.index(last) if last in PREFERRED else len(PREFERRED)
+    place = SITES.index(site) if site in SITES else len(SITES) + 1 + (LAST.index(site) + 1 if site in LAST else 0)
+    return (place, first, f"{site}/{last}", split == "train")

@@ -19,7 +19,7 @@ from intaglio.config import Config
 
 FORMAT = 1
 
-RESUMABLE = ("train.steps", "train.epochs", "train.keep", "train.patience", "train.log_every", "train.device")
+RESUMABLE = ("train.steps", "train.epochs", "train.keep", "train.patience", "train.log_every", "train.device", "plan")
 """Keys that may change when a run goes on; any other makes another run, which ``--from`` starts."""
 
 

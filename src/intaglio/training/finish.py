@@ -4,7 +4,7 @@ import json
 import shutil
 import time
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -66,7 +66,8 @@ def conclude(folder: RunFolder, evaluation: Evaluation, step: int, say: Callable
     """Writes ``evaluation.json``, ``findings.json`` and the page, and prints the summary."""
     readings = evaluation.readings
     limits = load_profile(folder.config().health.profile)
-    diagnosis = diagnose(record_of(folder, readings, step), limits, not_measured=evaluation.not_measured)
+    record = replace(record_of(folder, readings, step), running=False)
+    diagnosis = diagnose(record, limits, not_measured=evaluation.not_measured)
     seconds = folder.record.get("train_seconds")
     numbers = {name: asdict(r) for name, r in readings.items()}
     content = {"step": step, "seconds": seconds, "readings": numbers, "not_measured": evaluation.not_measured}

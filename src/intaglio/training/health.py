@@ -7,7 +7,7 @@ steps are bit-identical with it and without.
 import json
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -15,8 +15,11 @@ from intaglio.config import Config
 from intaglio.health import audits
 from intaglio.health.diagnosis import Diagnosis, diagnose, load_profile, record_of, write_findings
 from intaglio.health.finding import Finding
+from intaglio.health.notify import Notifier
 from intaglio.health.panel import Panel
 from intaglio.health.panel import terms as terms_panel
+from intaglio.health.plan import breaches, load_plan, unread
+from intaglio.health.record import Record
 from intaglio.history import Reading
 from intaglio.history.run_folder import RunFolder, write_atomically
 from intaglio.objectives.distributed import alone
@@ -29,6 +32,16 @@ AUDITED = 3
 EARLY = (0.01, 0.03)
 """Shares of the run at which health looks besides the looks at held-out items: most faults are there from the start."""
 
+LOOKED = "train/speed/look_seconds"
+"""Written when a look is over, so that the history says which look was the last one."""
+
+
+class Asked(NamedTuple):
+    """What a plan wants done at a look: the reason to stop, and whether the weights are kept."""
+
+    stop: str | None = None
+    checkpoint: bool = False
+
 
 class Health:
     """Watches one run of our trainer; ``probe`` gives the fixed held-out batch, ``say`` tells a person."""
@@ -37,7 +50,9 @@ class Health:
         self, config: Config, folder: RunFolder, probe: Callable[[], Any], bf16: bool, say: Callable[[str], None]
     ):
         self.config, self.folder, self.probe, self.bf16, self.say = config, folder, probe, bf16, say
-        self.profile = load_profile(config.health.profile)
+        self.profile, self.plan = load_profile(config.health.profile), load_plan(config.plan)
+        self.notifier = Notifier(folder.path)
+        self.record = Record({})
         steps = config.train.steps or 0
         self.early = {max(AUDITED + 1, int(share * steps)) for share in EARLY}
         self.silence = audits.Silence()
@@ -107,13 +122,40 @@ class Health:
 
     def judge(self) -> Diagnosis:
         """The verdict on the run so far; writes ``findings.json`` and says what is new."""
-        diagnosis = diagnose(record_of(self.folder), self.profile, not_measured=self.missing)
+        self.record = record_of(self.folder)
+        diagnosis = diagnose(self.record, self.profile, not_measured=self.missing)
         write_findings(self.folder, diagnosis)
         for finding in diagnosis.findings:
             if finding.severity != "note" and (finding.rule, finding.severity) not in self.told:
                 self.told.add((finding.rule, finding.severity))
                 self.say(_told(finding))
         return diagnosis
+
+    def act(self, step: int) -> Asked:
+        """Does what the plan says of the limits that were broken since the look before; after ``judge``.
+
+        Which these are is read from the history, so that a resumed run does what an uninterrupted one does.
+        """
+        before = self.record.get(LOOKED)
+        since = int(before.steps[-1]) if before else -1
+        broken = [b for b in breaches(self.plan, self.record) if b.last > since]
+        new = [b for b in broken if b.began > since]
+        for b in new:
+            self.notifier.send(b.limit, b.finding, step)
+        self._notice(*self.notifier.failures(), *unread(self.plan, self.record, self.missing))
+        stop = next((f"health: {b.limit.id}" for b in broken if b.limit.stop), None)
+        return Asked(stop, any(b.limit.checkpoint for b in new))
+
+    def close(self) -> None:
+        """Waits for what the plan has to send."""
+        self._notice(*self.notifier.close())
+
+    def _notice(self, *notices: str) -> None:
+        """Each one once in ``run.json``, and said."""
+        for notice in notices:
+            if notice not in self.folder.record["notices"]:
+                self.folder.notice(notice)
+                self.say(f"note: {notice}")
 
     def _write(self) -> None:
         text = json.dumps(self.facts, indent=2, ensure_ascii=False)

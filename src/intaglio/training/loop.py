@@ -26,7 +26,7 @@ from intaglio.objectives.distributed import alone, mean_over_processes, processe
 from intaglio.systems.base import System
 from intaglio.training import checkpoint
 from intaglio.training.ema import EMA
-from intaglio.training.health import Health
+from intaglio.training.health import LOOKED, Health
 
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
@@ -56,6 +56,8 @@ class AfterStep(L.Callback):
         self.best, self.best_step, self.looks_since_best = float("inf"), 0, 0
         self.latest: dict[str, float] = {}
         self.looks = 0
+        self.kept: list[int] = []
+        self.keep = False
         self.stopped_by: str | None = None
         self.stopped_early: str | None = None
         self.done = 0
@@ -65,7 +67,7 @@ class AfterStep(L.Callback):
     # state that a resumed run needs
 
     def state_dict(self) -> dict[str, Any]:
-        names = ("best", "best_step", "looks_since_best", "stopped_early")
+        names = ("best", "best_step", "looks_since_best", "stopped_early", "kept")
         return {name: self.__dict__[name] for name in names}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -110,8 +112,10 @@ class AfterStep(L.Callback):
             self._look_at_health(trainer, pl_module, step)
             self._clock = (self._clock[0] + time.perf_counter() - begun, *self._clock[1:])
         best = self.best_step == step
-        stop = self._everyone_agrees_to_stop(pl_module.device)
-        if step % train.checkpoint_every == 0 or best or last or stop:
+        stop, keep = self._everyone_agrees(pl_module.device)
+        if keep:
+            self.kept, self.keep = [*self.kept, step], False
+        if step % train.checkpoint_every == 0 or best or last or stop or keep:
             self._checkpoint(trainer, step)
         if stop:
             trainer.should_stop = True
@@ -178,7 +182,9 @@ class AfterStep(L.Callback):
         self.verdict = diagnosis.verdict
         if diagnosis.verdict == "failing" and self.config.health.stop:
             self.stopped_by = self.stopped_by or f"health: {diagnosis.findings[0].rule}"
-        self._write(trainer, step, {"train/speed/look_seconds": Reading(time.perf_counter() - begun)})
+        asked = self.health.act(step)
+        self.stopped_by, self.keep = self.stopped_by or asked.stop, asked.checkpoint
+        self._write(trainer, step, {LOOKED: Reading(time.perf_counter() - begun)})
 
     def _out_of_patience(self) -> bool:
         return 0 < self.config.train.patience <= self.looks_since_best
@@ -211,7 +217,8 @@ class AfterStep(L.Callback):
         trainer.save_checkpoint(self.folder / checkpoint.name(step))
         if trainer.is_global_zero:
             whole = sorted(self.folder.glob("step-*.ckpt"))
-            kept = {p.name for p in whole[-self.config.train.keep :]} | {checkpoint.name(self.best_step)}
+            kept = {p.name for p in whole[-self.config.train.keep :]}
+            kept |= {checkpoint.name(step) for step in (self.best_step, *self.kept)}
             for path in whole:
                 if path.name not in kept:
                     path.unlink()
@@ -232,17 +239,17 @@ class AfterStep(L.Callback):
             raise KeyboardInterrupt
         self.stopped_by = f"signal {signal.Signals(number).name}"
 
-    def _everyone_agrees_to_stop(self, device: torch.device) -> bool:
-        """A reason to stop that one process has becomes every process's."""
+    def _everyone_agrees(self, device: torch.device) -> tuple[bool, bool]:
+        """Whether to stop and to keep the weights: what one process has a reason for becomes every process's."""
         if processes() == 1:
-            return self.stopped_by is not None
-        flag = torch.tensor(float(self.stopped_by is not None), device=device)
-        dist.all_reduce(flag)
-        if flag > 0:
+            return self.stopped_by is not None, self.keep
+        flags = torch.tensor([float(self.stopped_by is not None), float(self.keep)], device=device)
+        dist.all_reduce(flags)
+        if flags[0] > 0:
             reasons: list[Any] = [None] * processes()
             dist.all_gather_object(reasons, self.stopped_by)
             self.stopped_by = next(filter(None, reasons))
-        return bool(flag > 0)
+        return bool(flags[0] > 0), bool(flags[1] > 0)
 
 
 @torch.no_grad()

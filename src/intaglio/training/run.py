@@ -27,6 +27,8 @@ from intaglio.data.batches import Batch, TrainingBatches, fixed_batches
 from intaglio.data.prepare import Prepared, notices, prepare
 from intaglio.data.tokenizer import CaptionTokenizer
 from intaglio.health.diagnosis import load_profile
+from intaglio.health.notify import refuse_without_address
+from intaglio.health.plan import load_plan
 from intaglio.history import HistoryWriter, run_folder
 from intaglio.history.run_folder import RunFolder
 from intaglio.models.multimodal import MultimodalModel, of_run
@@ -92,6 +94,7 @@ def train(
     config, reasons = _resolve_machine(config)
     say(f"device {config.train.device} ({reasons['device']}), {config.train.precision} ({reasons['precision']})")
     load_profile(config.health.profile)  # refused now rather than after the data is read
+    refuse_without_address(load_plan(config.plan))
     prepared = _prepared(config, tokenizer, length, say)
     config = _resolve_length(config, prepared)
     _tell_data(say, prepared)
@@ -107,7 +110,7 @@ def train(
         folder.update(data=prepared.record, fingerprint=prepared.fingerprint, machine_choice=reasons)
         if source is not None:
             apart = configuration.diff(source.config(), config)
-            folder.update(changed_from_parent=[key for key in apart if key not in ("name", "runs")])
+            folder.update(changed_from_parent=[key for key in apart if key not in ("name", "runs", "plan")])
         for notice in notices(prepared):
             folder.notice(notice)
         say(f"run folder {folder.path}")
@@ -127,6 +130,7 @@ def _resume(path: str | Path, overrides: Sequence[str], recipe: str | Path | Non
     old = folder.config()
     config = configuration.load(folder.path / "config.yaml", overrides)
     checkpoint.refuse_other_recipe(old, config, folder.path)
+    refuse_without_address(load_plan(config.plan))
     config, _ = _resolve_machine(config)
     tokenizer = CaptionTokenizer.from_json(saved["tokenizer"])
     prepared = _prepared(config, tokenizer, saved["text_length"], say)
@@ -311,6 +315,8 @@ def _run_trainer(
     after.done = trainer.global_step
     if history:
         history.close()
+    if health:
+        health.close()
     return after
 
 

@@ -7,7 +7,18 @@ from intaglio.health.rule import Rule
 
 def all_rules() -> Sequence[Rule]:
     """Every rule, in the order of the documentation; no torch."""
-    from intaglio.health.rules import audits, bottleneck, codebook, contrastive, generalisation, latent, text, training
+    from intaglio.health.rules import (
+        adversarial,
+        audits,
+        bottleneck,
+        codebook,
+        contrastive,
+        generalisation,
+        latent,
+        terms,
+        text,
+        training,
+    )
 
-    pages = (training, generalisation, audits, latent, bottleneck, codebook, contrastive, text)
+    pages = (training, terms, generalisation, audits, latent, bottleneck, codebook, contrastive, adversarial, text)
     return [r for page in pages for r in page.RULES]

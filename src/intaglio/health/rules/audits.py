@@ -5,9 +5,12 @@ The facts that these rules read are plain dicts; ``health.audits`` and the train
 
 from collections.abc import Iterator
 
+import numpy as np
+
 from intaglio.health.finding import Finding, remedies
 from intaglio.health.record import Record
 from intaglio.health.rule import Limits, Rule, rule
+from intaglio.history import NotMeasured
 
 
 def _some(names: list[str], most: int = 3) -> str:
@@ -189,17 +192,23 @@ def validation_pollutes(record: Record, limits: Limits) -> Iterator[Finding]:
     id="split-leak",
     source="Barz & Denzler 2020",
     case="V: 2,633 shared images; E: tokenizer",
+    needs=("val/loss/*", "val/*/accuracy"),
     facts=("leaks",),
     log="the splits: health.audits.leaks compares them",
+    limits={"rows": 8, "same": 1e-6, "below": 0.5, "perfect": 0.999},
 )
-def split_leak(record: Record, limits: Limits) -> Iterator[Finding]:
+def split_leak(record: Record, limits: Limits) -> Iterator[Finding | NotMeasured]:
     """The same or nearly the same item stands in both splits.
 
-    Seen by exact and perceptual hashes of images, and group keys, across the splits; none may be on both sides.
+    Seen by exact and perceptual hashes of images, and group keys, across the splits; none may be on both sides. A
+    history shows it where the held-out curve is training's, or lies far below it all along.
 
     ``leaks``: {what: how many held-out items it touches}.
     """
-    for what, count in record.facts["leaks"].items():
+    yield from _one_curve(record, limits)
+    if "leaks" not in record.facts:
+        yield NotMeasured("the items of the splits were not compared")
+    for what, count in record.facts.get("leaks", {}).items():
         if count:
             yield Finding(
                 "split-leak",
@@ -209,6 +218,58 @@ def split_leak(record: Record, limits: Limits) -> Iterator[Finding]:
                 remedies(
                     "split by group, and let near-duplicates stay on one side", "train the tokenizer on training items"
                 ),
+            )
+
+
+def _one_curve(record: Record, limits: Limits) -> Iterator[Finding]:
+    """Held-out and training loss, or accuracy, are one curve, or the held-out one lies far below, or is perfect."""
+    for name, s in record.matching("val/*/accuracy").items():
+        if (
+            len(s) >= limits["rows"]
+            and (s.values[1:] >= limits["perfect"] * (100 if s.values.max() > 1.5 else 1)).all()
+        ):
+            yield Finding(
+                "split-leak",
+                "warning",
+                f"{name} is {s.value:.4g} from its second row on: too good to be believed unseen.",
+                {"accuracy": s.value, "rows": len(s)},
+                candidates=("the answer stands in the input, or items in both splits", "the task is trivial"),
+                step=int(s.steps[1]),
+            )
+    for name, val in record.matching("val/loss/*", "val/*/accuracy").items():
+        train = record.get("train" + name.removeprefix("val"))
+        if train is None or len(val) < limits["rows"]:
+            continue
+        both, a, b = np.intersect1d(train.steps, val.steps, return_indices=True)
+        if len(both) < limits["rows"]:
+            continue
+        x, y = train.values[a], val.values[b]
+        if np.allclose(x, y, rtol=limits["same"], atol=0) and np.ptp(x) > 0:
+            yield Finding(
+                "split-leak",
+                "fail",
+                f"{name} equals training's in all {len(both)} rows: it is not of held-out items.",
+                {"rows": len(both)},
+                remedies("evaluate on items that were never trained on"),
+                step=int(both[0]),
+            )
+        elif (
+            "/loss/" in name
+            and min(x.min(), y.min()) > 0
+            and float(np.median(y / x)) < limits["below"]
+            and (y < x).all()
+        ):
+            yield Finding(
+                "split-leak",
+                "warning",
+                f"{name} is below training's in every row, at {float(np.median(y / x)):.0%} of it as a rule.",
+                {"share": float(np.median(y / x))},
+                candidates=(
+                    "dropout or augmentation makes training harder: measure clean training items",
+                    "held-out items stand in the training set: compare hashes",
+                    "the two are reduced differently (mean and sum), or weighed differently",
+                ),
+                step=int(both[-1]),
             )
 
 

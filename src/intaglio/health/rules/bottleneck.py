@@ -7,22 +7,26 @@ import numpy as np
 from intaglio.health.finding import Finding, remedies
 from intaglio.health.record import Record
 from intaglio.health.rule import Limits, Rule, rule
-from intaglio.health.rules.training import FEWEST
+from intaglio.health.rules.course import finite
+from intaglio.health.rules.training import FEWEST, rolling_median
 from intaglio.history import NotMeasured
 
 
 @rule(
     id="posterior-collapse",
     source="Bowman et al. 2016; He et al. 2019",
-    needs=("val/*/kl_nats",),
+    needs=("val/*/kl_nats", "train/loss/kl", "val/loss/kl"),
     log="KL(q(z|x) || N(0, I)) per item, raw, as val/SITE/kl_nats",
-    limits={"nats": 0.1},
+    limits={"nats": 0.1, "kept": 0.01, "weak": 2.0, "weakened": 0.1},
 )
-def posterior_collapse(record: Record, limits: Limits) -> Iterator[Finding]:
+def posterior_collapse(record: Record, limits: Limits) -> Iterator[Finding | NotMeasured]:
     """The decoder works without the latent.
 
     Seen by nats in the latent, and what the loss costs more with latents shuffled; both are 0 where it is not used.
+    Where only a KL term of unknown unit is logged: by its late level against its own highest.
     """
+    if not record.matching("val/*/kl_nats"):
+        yield from _fallen_rate(record, limits)
     for name, s in record.matching("val/*/kl_nats").items():
         if not record.settled(s):
             continue
@@ -40,6 +44,43 @@ def posterior_collapse(record: Record, limits: Limits) -> Iterator[Finding]:
                 remedies("lower --loss.kl tenfold", "free bits", "a longer ramp of the KL's weight", wait=1000),
                 step=int(s.steps[-1]),
             )
+
+
+def _fallen_rate(record: Record, limits: Limits) -> Iterator[Finding | NotMeasured]:
+    """A KL term that fell to nothing and stays there, or never was anything. Its sign and its unit may be any."""
+    looked = False
+    for name, s in record.matching("train/loss/kl", "val/loss/kl").items():
+        s = finite(s)
+        if len(s) < FEWEST or not record.settled(s):
+            continue
+        looked = True
+        nats = np.abs(s.values)
+        late, top = float(np.median(nats[-max(2, len(s) // 4) :])), float(rolling_median(nats, 3).max())
+        rising = float(np.median(nats[-max(2, len(s) // 8) :])) > 1.5 * float(np.median(nats[len(nats) // 2 :]))
+        gone = late < limits["nats"] and (late < limits["kept"] * top or top < limits["nats"] * limits["kept"])
+        if gone and not rising:
+            yield Finding(
+                "posterior-collapse",
+                "fail",
+                f"{name} has been {late:.3g} over the last quarter of the run; its highest was {top:.3g}. "
+                "Such a KL means that the latent carries nothing, however well the loss improves.",
+                {"nats": late, "highest": top},
+                remedies("lower the KL's weight tenfold", "free bits", "a longer ramp of the KL's weight", wait=1000),
+                candidates=("the term is logged times a tiny weight: log it raw", "exchange the latents and compare"),
+                step=int(s.steps[int(np.argmax(nats < max(limits["nats"], limits["kept"] * top)))]),
+            )
+        elif late < limits["weak"] and late < limits["weakened"] * top:
+            yield Finding(
+                "posterior-collapse",
+                "warning",
+                f"{name} fell from {top:.3g} to {late:.3g}: if that is nats of an item, the latent carries little.",
+                {"nats": late, "highest": top},
+                remedies("lower the KL's weight", "free bits", wait=1000),
+                candidates=("its unit is nats of a dimension: log the sum", "exchange the latents and compare"),
+                step=int(s.steps[-1]),
+            )
+    if not looked:
+        yield NotMeasured(f"fewer than {FEWEST} rows of a KL term that have settled")
 
 
 @rule(

@@ -2,11 +2,19 @@
 
 from collections.abc import Iterator
 
+import numpy as np
+
 from intaglio.health.finding import Finding, remedies
 from intaglio.health.record import Record
 from intaglio.health.rule import Limits, Rule, rule
-from intaglio.health.rules.training import FEWEST, QUANTISER
+from intaglio.health.rules.course import finite
+from intaglio.health.rules.training import FEWEST, QUANTISER, rolling_median
 from intaglio.history import NotMeasured
+
+PERPLEXITY = ("*/codes/perplexity", "*/vq/perplexity")
+"""That of codes, and not of words."""
+
+USAGE = ("*/codes/usage", "*/vq/usage")
 
 
 @rule(
@@ -14,16 +22,20 @@ from intaglio.history import NotMeasured
     concerns=("jepa",),
     source="van den Oord et al. 2017; Dhariwal et al. 2020",
     case="J: 10.9 %",
-    needs=("*/*/perplexity",),
-    log="the codes' perplexity as val/SITE/perplexity with that of uniform codes as its null",
-    limits={"fail": 0.1, "warning": 0.3},
+    needs=(*PERPLEXITY, *USAGE),
+    log="the codes' perplexity as val/vq/perplexity with that of uniform codes as its null",
+    limits={"fail": 0.1, "warning": 0.3, "few": 2.0, "kept": 0.1},
 )
 def codebook_collapse(record: Record, limits: Limits) -> Iterator[Finding | NotMeasured]:
     """Few codes are used.
 
-    Seen by perplexity of the codes over that of uniform codes at the same token count.
+    Seen by perplexity of the codes over that of uniform codes at the same token count; the share of codes in use. Where
+    the number of codes is not known: by a perplexity of one or two, or one that fell to a tenth of its highest.
     """
-    for name, s in record.matching("*/*/perplexity").items():
+    if record.foreign:
+        yield from _few_codes(record, limits)
+        return
+    for name, s in record.matching(*PERPLEXITY).items():
         if s.null is None:
             yield NotMeasured(f"{name} has no null: log the number of codes and of tokens that it rests on")
         elif early := record.early(name):
@@ -38,6 +50,47 @@ def codebook_collapse(record: Record, limits: Limits) -> Iterator[Finding | NotM
                 remedies("start the codes by k-means", "revive dead codes", "a smaller codebook", wait=1000),
                 step=int(s.steps[-1]),
             )
+
+
+CODES = ("num_embeddings", "n_embed", "n_e", "codebook_size", "num_codes", "n_codes", "vocab_size", "n_embeddings", "k")
+"""Names that settings give to the number of codes, without case."""
+
+
+def _few_codes(record: Record, limits: Limits) -> Iterator[Finding | NotMeasured]:
+    """A foreign history's perplexity or usage of codes."""
+    settings = {str(k).rpartition(".")[2].lower(): v for k, v in record.facts.get("settings", {}).items()}
+    codes = next(
+        (float(settings[n]) for n in CODES if isinstance(settings.get(n), int | float) and settings[n] > 1), None
+    )
+    looked = False
+    for name, s in record.matching(*PERPLEXITY, *USAGE).items():
+        s = finite(s)
+        if len(s) < FEWEST:
+            continue
+        looked = True
+        late, top = float(np.median(s.values[-max(2, len(s) // 4) :])), float(rolling_median(s.values, 3).max())
+        usage = name.endswith("usage")
+        null = (100.0 if top > 1.5 else 1.0) if usage and top <= 100 else codes
+        share = late / null if null else None
+        few = late <= limits["few"] if not usage else late <= 0
+        fell = late < limits["kept"] * top and late < 0.5 * float(s.values[0])
+        if few or fell or (share is not None and share < limits["warning"]):
+            gravely = few or fell or (share is not None and share < limits["fail"])
+            yield Finding(
+                "codebook-collapse",
+                "fail" if gravely else "warning",
+                f"{name} is {late:.3g} over the last quarter of the run"
+                + (f"; it was up to {top:.3g}" if fell else "")
+                + (f"; {null:g} would be all of them" if null else "")
+                + ": few codes carry everything.",
+                {"late": late, "highest": top} | ({"all": null} if null else {}),
+                remedies("start the codes by k-means", "revive dead codes", "a smaller codebook", wait=1000),
+                step=int(s.steps[-max(2, len(s) // 4)]),
+            )
+        elif null is None:
+            yield NotMeasured(f"{name} has no null: log the number of codes")
+    if not looked:
+        yield NotMeasured(f"fewer than {FEWEST} rows of the codes' perplexity or usage")
 
 
 @rule(
@@ -88,16 +141,20 @@ def codes_dead(record: Record, limits: Limits) -> Iterator[Finding | NotMeasured
     concerns=("jepa",),
     source="Łańcucki et al. 2020",
     case="J: norm 700; EMA mass that starts at zero",
-    needs=("*/*/norm_ratio",),
+    needs=("*/*/norm_ratio", "train/loss/vq", "train/loss/commitment", "train/loss/quantiser"),
     log="the norms of codes and of their inputs",
-    limits={"times": 3.0},
+    limits={"times": 3.0, "grown": 10.0},
 )
 def codes_displaced(record: Record, limits: Limits) -> Iterator[Finding | NotMeasured]:
     """The codes lie far from the data.
 
-    Seen by mean norm of the codes over mean norm of the vectors that they quantise; 1 is due.
+    Seen by mean norm of the codes over mean norm of the vectors that they quantise; 1 is due. Where that is not logged,
+    by a quantiser's loss that grows without end.
     """
-    for name, s in record.matching("*/*/norm_ratio").items():
+    norms = record.matching("*/*/norm_ratio")
+    if not norms:
+        yield from _running_away(record, limits)
+    for name, s in norms.items():
         if early := record.early(name):
             yield early
         elif not 1 / limits["times"] < s.value < limits["times"]:
@@ -109,6 +166,32 @@ def codes_displaced(record: Record, limits: Limits) -> Iterator[Finding | NotMea
                 remedies("start EMA sums and counts together, from the same tokens", "start the codes by k-means"),
                 step=int(s.steps[-1]),
             )
+
+
+def _running_away(record: Record, limits: Limits) -> Iterator[Finding | NotMeasured]:
+    """Codes and latents run away from each other: the quantiser's loss ends many times above its settled past."""
+    looked = False
+    for name, s in record.matching("train/loss/vq", "train/loss/commitment", "train/loss/quantiser").items():
+        s = finite(s)
+        if len(s) < 2 * FEWEST:
+            continue
+        looked = True
+        past = float(np.median(s.values[len(s) // 8 : len(s) // 2]))
+        half, late = s.values[len(s) // 2 :], float(np.median(s.values[-max(2, len(s) // 8) :]))
+        if past > 0 and late > limits["grown"] * past and late >= 0.5 * float(rolling_median(half, 3).max()):
+            yield Finding(
+                "codes-displaced",
+                "fail",
+                f"{name} was {past:.3g} in the first half of the run and is {late:.3g} at its end, and grows: "
+                "latents and codes run away from each other.",
+                {"past": past, "late": late},
+                remedies(
+                    "EMA codes instead of a codebook loss", "normalise latents and codes", "a lower rate", wait=500
+                ),
+                step=int(s.steps[len(s) // 2]),
+            )
+    if not looked:
+        yield NotMeasured(f"fewer than {2 * FEWEST} rows of the quantiser's loss")
 
 
 @rule(
@@ -221,14 +304,17 @@ def revival_threshold(record: Record, limits: Limits) -> Iterator[Finding | NotM
     concerns=("jepa",),
     source="van den Oord et al. 2017, eq. 3",
     case="J: the codebook's loss was never added",
-    needs=("*/*/perplexity",),
+    needs=PERPLEXITY,
     log="the quantiser's terms as train/loss/commitment and train/loss/codebook, with their weights",
 )
-def quantiser_loss_missing(record: Record, limits: Limits) -> Iterator[Finding]:
+def quantiser_loss_missing(record: Record, limits: Limits) -> Iterator[Finding | NotMeasured]:
     """The commitment or codebook loss is not in the total, or the two weights are exchanged.
 
     Seen by the terms and weights that were summed, where codes are chosen; β < 1 is the commitment's.
     """
+    if record.foreign:
+        yield NotMeasured("which terms the total of a foreign history holds is not known")
+        return
     named = {n.rsplit("/", 1)[1]: s for n, s in record.matching("train/loss/*").items()}
     terms = {name for name in named if any(word in name for word in QUANTISER)}
     weights = {t: w.value for t in terms if (w := record.get(f"train/weight/{t}")) is not None}

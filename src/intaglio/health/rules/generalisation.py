@@ -6,10 +6,13 @@ from collections.abc import Iterator
 import numpy as np
 
 from intaglio.health.finding import Finding, Remedy, remedies
-from intaglio.health.record import Record, Series
+from intaglio.health.record import Record
 from intaglio.health.rule import Limits, Rule, rule
-from intaglio.health.rules.training import FEWEST, QUANTISER, finite, mad, rolling_median, terms
-from intaglio.history import NotMeasured
+from intaglio.health.rules import course
+from intaglio.health.rules.course import finite
+from intaglio.health.rules.terms import terms
+from intaglio.health.rules.training import ASIDE, FEWEST, mad, mains, rolling_median
+from intaglio.history import NotMeasured, Series
 
 LOWER_IS_BETTER = ("*/loss/*", "*/*/nats_per_token", "*/*/mse", "*/*/error")
 
@@ -30,7 +33,7 @@ def no_learning(record: Record, limits: Limits) -> Iterator[Finding | NotMeasure
     found = record.matching(*LOWER_IS_BETTER)
     known = {n: s for n, s in found.items() if s.null is not None and "contrastive" not in n}
     if not known:
-        yield NotMeasured("no loss has a null to be held against")
+        yield from _unmoved(record)
     for name, s in known.items():
         assert s.null is not None
         twin = "train" + name.removeprefix("val") if name.startswith("val/") else name
@@ -51,6 +54,65 @@ def no_learning(record: Record, limits: Limits) -> Iterator[Finding | NotMeasure
                 ),
                 step=int(s.steps[-1]),
             )
+
+
+def _unmoved(record: Record) -> Iterator[Finding | NotMeasured]:
+    """Without a null: no loss has fallen since the first rows, and no accuracy has risen."""
+    curves = {n: s for n, s in mains(record).items() if len(s) >= FEWEST and record.settled(s)}
+    if not curves:
+        yield NotMeasured(f"no loss has a null to be held against, nor {FEWEST} rows that have settled")
+        return
+    stuck = {n: course.stuck(s) for n, s in curves.items()}
+    terms_ = [finite(s) for n, s in record.matching("*/loss/*").items() if not any(w in n for w in ASIDE)]
+    hits = {n: finite(s) for n, s in record.matching("*/*/accuracy").items() if len(finite(s)) >= FEWEST}
+    if any(map(course.improved, [*curves.values(), *terms_])) or any(map(_risen, hits.values())):
+        return
+    if not all(stuck.values()):
+        yield NotMeasured("no loss has a null to be held against, and whether one has fallen is hidden by its noise")
+        return
+    name = next(iter(stuck))
+    seen = stuck[name]
+    assert seen is not None
+    frozen = {n: s.value for n, s in hits.items() if np.ptp(s.values[len(s) // 2 :]) == 0 and s.value < 0.95}
+    fell = seen.since == "first rows"
+    what = {
+        "start": f"{name} began at {seen.first:.4g} and stands at {seen.level:.4g}: nothing has been learnt since.",
+        "explosion": f"{name} exploded to {seen.first:.4g}, and has stood at {seen.level:.4g} ever since: as a "
+        "constant answer would.",
+        "first rows": f"{name} has not fallen below {seen.level:.4g} since its first rows.",
+    }[seen.since]
+    from intaglio.history.relations import constants
+
+    known = constants(seen.level) if hits else []
+    yield Finding(
+        "no-learning",
+        "warning" if fell and not frozen else "fail",
+        what
+        + "".join(
+            f" {n} is {value:.4g} in every row of the second half: always the same answer."
+            for n, value in frozen.items()
+        )
+        + (f" {known[0]}" if known else ""),
+        {"first": seen.first, "level": seen.level} | frozen,
+        (
+            Remedy("raise --optim.rate, or lower it tenfold where the loss exploded", 1000),
+            Remedy("a longer --optim.warmup", 1000),
+        ),
+        candidates=(
+            "no gradient reaches the model: see dead-parameters",
+            "input and target are not of the same item: look at a batch",
+            "it was trained before: compare with its parent",
+        ),
+        step=int(curves[name].steps[-1]),
+    )
+
+
+def _risen(s: Series) -> bool:
+    """Whether an accuracy has risen by five points, or was high from the start."""
+    late = float(np.median(s.values[-max(1, len(s) // 5) :]))
+    return late > (95 if s.values.max() > 1.5 else 0.95) or late - float(
+        np.median(s.values[: max(1, len(s) // 20)])
+    ) > (5 if s.values.max() > 1.5 else 0.05)
 
 
 @rule(
@@ -111,7 +173,15 @@ def _constants(record: Record, name: str, s: Series) -> dict[str, float]:
     case="V",
     needs=("train/*/nats_per_token", "train/loss/*"),
     log="the held-out loss, and the same quantity on clean training items",
-    limits={"kept": 0.5, "learnt": 0.02, "worse": 0.1},
+    limits={
+        "kept": 0.5,
+        "learnt": 0.02,
+        "worse": 0.1,
+        "lost": 1.25,
+        "apart": 1.5,
+        "gap_warning": 2.0,
+        "gap_fail": 3.0,
+    },
 )
 def overfitting(record: Record, limits: Limits) -> Iterator[Finding | NotMeasured]:
     """The gain over the null on training items does not carry over to held-out items.
@@ -119,9 +189,9 @@ def overfitting(record: Record, limits: Limits) -> Iterator[Finding | NotMeasure
     Seen by the same quantity of the same weights in the same mode, on training and on held-out items, beside the null.
     """
     pairs = {n: (s, record.get("val" + n.removeprefix("train"))) for n, s in record.matching("train/*/*").items()}
-    judged = [n for n in pairs if not any(word in n for word in ("/kl", *QUANTISER))]
+    judged = [n for n in pairs if not any(word in n for word in ASIDE)]
     paired = {n: (s, v) for n in judged for s, v in [pairs[n]] if v is not None}
-    if "total" not in terms(record):
+    if "train/loss/total" not in mains(record):  # a ramp lifts it
         paired.pop("train/loss/total", None)
     clean = {n: (s, v) for n, (s, v) in paired.items() if n.endswith("nats_per_token") and v.null is not None}
     for name, (train, val) in clean.items():
@@ -146,24 +216,74 @@ def overfitting(record: Record, limits: Limits) -> Iterator[Finding | NotMeasure
         if len(val) < FEWEST or not name.startswith("train/loss/"):
             continue
         looked = True
-        yield from _turned(name, finite(train), finite(val), limits)
+        train, val = finite(train), finite(val)
+        if len(train) < 2 or len(val) < 2:
+            continue
+        if other_scale(train, val):
+            yield NotMeasured(f"{name} and its held-out twin are not on one scale, so their difference says nothing")
+            continue
+        if not course.improved(train):
+            continue  # nothing has been learnt that could not carry over
+        turned = list(_turned(name, train, val, limits, record))
+        yield from turned or _parted(name, train, val, limits, record)
     if not looked:
         yield NotMeasured(f"there are not {FEWEST} held-out values of a loss that is also logged in training")
 
 
-def _turned(name: str, train: Series, val: Series, limits: Limits) -> Iterator[Finding]:
+def other_scale(train: Series, val: Series, times: float = 5.0) -> bool:
+    """Whether two losses of one name can not be one quantity.
+
+    The held-out one starts far above training's, which nothing learnt explains, or is far below it all along.
+    """
+    size = float(np.median(np.abs(train.values[: max(1, len(train) // 100)])))
+    begins = float(np.median(np.abs(val.values[: max(1, len(val) // 20)])))
+    ends = abs(float(np.median(val.values[-max(1, len(val) // 5) :])))
+    late = abs(float(np.median(train.values[-max(1, len(train) // 5) :])))
+    return begins > times * size or (begins < size / times and ends < late / times)
+
+
+def _worse_accuracy(record: Record) -> bool | None:
+    """Whether held-out accuracy ends below its best by a point; None where none is logged."""
+    curves = [finite(s) for s in record.matching("val/*/accuracy").values()]
+    if not curves or len(curves[0]) < 4:
+        return None
+    smooth = rolling_median(curves[0].values, 3)
+    return bool(smooth[-1] < smooth.max() - 0.01 * (100 if smooth.max() > 1.5 else 1))
+
+
+def _parted(name: str, train: Series, val: Series, limits: Limits, record: Record) -> Iterator[Finding]:
+    """The held-out loss stands far above training's, which goes on falling."""
+    found = course.gap(train, val)
+    if found is None or found.times < limits["gap_warning"] or _worse_accuracy(record) is False:
+        return
+    yield Finding(
+        "overfitting",
+        "fail" if found.times > limits["gap_fail"] else "warning",
+        f"{name.replace('train/', 'val/', 1)} has stood at {found.val:.4g} since step {found.since:,}, while "
+        f"training's fell by {found.fallen:.0%} to {found.train:.4g}: {found.times:.1f} times apart.",
+        {"train": found.train, "val": found.val, "times": found.times, "since": found.since},
+        remedies("train shorter: --train.patience 3", "give more items", "raise --model.dropout 0.2"),
+        step=found.since,
+    )
+
+
+def _turned(name: str, train: Series, val: Series, limits: Limits, record: Record) -> Iterator[Finding]:
     """The held-out loss has turned while training's goes on falling."""
     best = int(val.values.argmin())
-    smooth = rolling_median(val.values, 3)
+    width = max(3, 2 * (len(val) // 80) + 1)
+    smooth = rolling_median(val.values, width)
     noise = mad(val.values - smooth) + 1e-9
     rise, gained = float(smooth[-1] - smooth.min()), float(val.values[0] - val.values.min())
     since = train.after(int(val.steps[best]))
     third = len(since) // 3
     falls = third > 0 and float(np.median(since.values[-third:])) < float(np.median(since.values[:third]))
     if best < len(val) - 3 and rise > 4 * noise and rise > limits["worse"] * gained and falls:
+        now, far = float(np.median(val.values[-width:])), float(np.median(train.values[-max(1, len(train) // 10) :]))
+        worse = now > limits["lost"] * float(smooth.min()) > 0 and now > limits["apart"] * far
+        gone = rise > gained or (worse and _worse_accuracy(record) is not False)
         yield Finding(
             "overfitting",
-            "fail" if rise > gained else "warning",
+            "fail" if gone else "warning",
             f"{name.replace('train/', 'val/', 1)} was best at step {int(val.steps[best]):,} ({val.values[best]:.4g}) "
             f"and is {val.value:.4g} now, while training's goes on falling.",
             {"best": float(val.values[best]), "now": val.value},
@@ -180,7 +300,7 @@ def _turned(name: str, train: Series, val: Series, limits: Limits) -> Iterator[F
     log="the held-out loss under the training loss's name, at the optimizer step",
     limits={"looks": 3, "covered": 0.5},
 )
-def validation_missing(record: Record, limits: Limits) -> Iterator[Finding]:
+def validation_missing(record: Record, limits: Limits) -> Iterator[Finding | NotMeasured]:
     """There is no held-out curve, or one on another scale or step axis.
 
     Seen by looks at held-out items, their steps against those of training, and the ratio of the two losses at the
@@ -189,6 +309,22 @@ def validation_missing(record: Record, limits: Limits) -> Iterator[Finding]:
     val = record.matching("val/loss/*")
     last = max(int(s.steps[-1]) for s in record.matching("train/loss/*").values())
     fix = remedies("look ten times in a run: --train.validate_every", "log at the optimizer step, not at the epoch")
+    if not val and record.foreign:
+        yield NotMeasured("there is no held-out loss in this history, so that generalisation is not measured")
+        return
+    curves = mains(record)
+    for name, held_out in curves.items():
+        train = curves.get("train" + name.removeprefix("val"))
+        if name.startswith("val/") and train is not None and other_scale(train, held_out):
+            yield Finding(
+                "validation-missing",
+                "warning",
+                f"{name} starts at {held_out.values[0]:.4g}, training at {train.values[0]:.4g}: they are not one "
+                "quantity, so neither a gap nor a rise between them is evidence.",
+                {"val": float(held_out.values[0]), "train": float(train.values[0])},
+                remedies("weigh the terms alike on both splits, and reduce them alike (mean or sum)"),
+                candidates=("a term has another weight in validation", "one is a sum and the other a mean"),
+            )
     if not val:
         if not record.running or (record.steps is not None and last >= 0.5 * record.steps):
             yield Finding("validation-missing", "fail", "No held-out loss was ever logged.", {}, fix, step=last)

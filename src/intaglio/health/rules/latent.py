@@ -5,10 +5,11 @@ from collections.abc import Iterator
 import numpy as np
 
 from intaglio.health.finding import Finding, Remedy, remedies
-from intaglio.health.record import Record, Series
+from intaglio.health.record import Record
 from intaglio.health.rule import Limits, Rule, rule
-from intaglio.health.rules.training import FEWEST
-from intaglio.history import NotMeasured
+from intaglio.health.rules.course import finite
+from intaglio.health.rules.training import FEWEST, mad
+from intaglio.history import NotMeasured, Series
 
 
 def site(name: str) -> str:
@@ -20,16 +21,19 @@ def site(name: str) -> str:
     id="latent-ignores-input",
     source="between-group share of variance, Fisher 1925; held against the encoder's last bias",
     case="E: std .0255 was the default bias of Linear(512, 1024)",
-    needs=("val/*/varying_share",),
+    needs=("val/*/varying_share", "*/latent/std"),
     log="latents of a probe batch: a monitor with taps reads them",
-    limits={"share": 1e-3, "bias": 0.999, "lost": 0.2},
+    limits={"share": 1e-3, "bias": 0.999, "lost": 0.2, "default": 0.02, "steady": 0.05},
 )
-def latent_ignores_input(record: Record, limits: Limits) -> Iterator[Finding]:
+def latent_ignores_input(record: Record, limits: Limits) -> Iterator[Finding | NotMeasured]:
     """The latent is (nearly) the same for every input.
 
     Seen by the share of the latents' second moment that differs between inputs, 0 where the input is ignored; that
-    share and the latents' spread against those of the first look.
+    share and the latents' spread against those of the first look. A history that has the spread alone can only raise
+    the suspicion: where it is that of a default bias.
     """
+    if not record.matching("val/*/varying_share"):
+        yield from _like_a_bias(record, limits)
     for name, s in record.matching("val/*/varying_share").items():
         if s.value >= limits["share"]:
             std = record.get(f"val/{site(name)}/std")
@@ -61,6 +65,31 @@ def latent_ignores_input(record: Record, limits: Limits) -> Iterator[Finding]:
             ),
             step=int(s.steps[-1]),
         )
+
+
+def _like_a_bias(record: Record, limits: Limits) -> Iterator[Finding | NotMeasured]:
+    """A spread that stands where PyTorch's Linear starts its bias, U(−1/√fan_in, 1/√fan_in): std 1/√(3·fan_in)."""
+    for name, s in record.matching("*/latent/std").items():
+        s = finite(s)
+        if len(s) < FEWEST:
+            continue
+        late = s.values[len(s) // 2 :]
+        level = float(np.median(late))
+        fans = [2**k for k in range(4, 14) if level > 0 and abs(level * (3 * 2**k) ** 0.5 - 1) < limits["default"]]
+        if fans and mad(late) < limits["steady"] * level:
+            yield Finding(
+                "latent-ignores-input",
+                "warning",
+                f"{name} stands at {level:.4g}: that is the spread of an untrained bias of Linear({fans[0]}, …), "
+                f"1/√(3·{fans[0]}) = {(3 * fans[0]) ** -0.5:.4g}. The latent may be the same for every input.",
+                {"std": level, "default": (3 * fans[0]) ** -0.5},
+                candidates=(
+                    "the encoder's output is its bias: log the variance between samples, which would be near 0",
+                    "chance: the variance between samples would be near the square of this spread",
+                ),
+                step=int(s.steps[-1]),
+            )
+    yield NotMeasured("the spread between samples is not in this history, only the spread of all values")
 
 
 @rule(
@@ -127,7 +156,7 @@ def anisotropic(record: Record, limits: Limits) -> Iterator[Finding]:
     id="prior-mismatch",
     source="Rosca et al. 2018; Tomczak & Welling 2018",
     case="E: norm .81 where 32 is due, 3,248 nats",
-    needs=("val/prior/object", "val/*/prior_nats"),
+    needs=("val/prior/object", "val/*/prior_nats", "*/latent/std"),
     log="samples of the prior beside reconstructions, or the latents where the prior is N(0, I)",
     limits={"warning": 0.8, "fail": 0.5, "nats_per_dimension": 1.0},
 )
@@ -137,6 +166,8 @@ def prior_mismatch(record: Record, limits: Limits) -> Iterator[Finding | NotMeas
     Seen by decode(prior) against decode(latents of real images) by the same independent judge; where latents are meant
     to be N(0, I), the nats between their mean and variance and its.
     """
+    if record.foreign:
+        yield from _far_from_normal(record, limits)
     prior, real = record.get("val/prior/object"), record.get("val/posterior/object")
     if prior is not None and real is not None:
         null = prior.null or 0.0
@@ -163,6 +194,35 @@ def prior_mismatch(record: Record, limits: Limits) -> Iterator[Finding | NotMeas
                 f"{site(name)} is {s.value:,.0f} nats away from N(0, I), which samples are drawn from.",
                 {"nats": s.value},
                 remedies("raise --loss.kl", "fit a prior to the latents: --prior.layers 3", wait=1000),
+                step=int(s.steps[-1]),
+            )
+
+
+def _far_from_normal(record: Record, limits: Limits) -> Iterator[Finding]:
+    """Logged mean and spread of a latent against N(0, 1): KL = (σ² + μ² − 1 − ln σ²) / 2 nats a dimension."""
+    for name, s in record.matching("*/latent/std").items():
+        split, s = name.split("/")[0], finite(s)
+        mean, norm = (record.get(f"{split}/latent/{what}") for what in ("mean", "norm"))
+        if len(s) < FEWEST or s.value <= 0:
+            continue
+        centre = mean.value if mean is not None else 0.0
+        nats = (s.value**2 + centre**2 - 1 - 2 * float(np.log(s.value))) / 2
+        if nats > limits["nats_per_dimension"]:
+            dimensions = round((norm.value / s.value) ** 2) if norm is not None else None
+            total = f", {nats * dimensions:,.0f} in its {dimensions:,}" if dimensions else ""
+            due = (
+                f" Its norm is {norm.value:.3g}, where √{dimensions:,} = {dimensions**0.5:.3g} is due."
+                if norm and dimensions
+                else ""
+            )
+            yield Finding(
+                "prior-mismatch",
+                "warning",
+                f"The latent is {nats:.3g} nats a dimension away from N(0, 1){total}.{due} Samples of that prior "
+                "are not where the decoder was trained.",
+                {"nats_per_dimension": nats, "std": s.value} | ({"norm": norm.value} if norm is not None else {}),
+                remedies("add a KL term, or raise its weight", "fit a prior to the latents, and sample from that"),
+                candidates=("nothing is ever sampled from N(0, 1): then it does not matter",),
                 step=int(s.steps[-1]),
             )
 

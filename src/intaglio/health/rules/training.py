@@ -6,9 +6,11 @@ import numpy as np
 from numpy.lib.stride_tricks import sliding_window_view
 
 from intaglio.health.finding import Finding, Remedy
-from intaglio.health.record import Record, Series
+from intaglio.health.record import Record
 from intaglio.health.rule import Limits, Rule, rule
-from intaglio.history import NotMeasured
+from intaglio.health.rules import course
+from intaglio.health.rules.course import finite
+from intaglio.history import NotMeasured, Series
 
 LOOKS = 3
 """Looks that must agree before a zero is more than the start of a run, as of a KL below its free bits."""
@@ -21,6 +23,14 @@ MINIMISED = ("train/loss/*", "val/loss/*", "train/caption/nats_per_token", "val/
 
 QUANTISER = ("vq", "commitment", "codebook", "quantiser")
 """Words in the names of a quantiser's loss terms, which rise where latents grow, and are no loss of the model."""
+
+
+ADVERSARIAL = ("generator", "discriminator", "adversarial")
+"""Words in the names of losses that two networks set each other, and that need not fall."""
+
+
+ASIDE = ("/kl", *QUANTISER, *ADVERSARIAL)
+"""Terms whose course alone says nothing of whether the model learns."""
 
 
 def mad(x: np.ndarray) -> float:
@@ -51,20 +61,24 @@ def non_finite(record: Record, limits: Limits) -> Iterator[Finding]:
     Seen by every row of the history; the trainer and the monitor stop before the optimizer step that would use it.
     """
     bad = {n: s for n, s in record.matching("train/*/*", "val/*/*").items() if not np.isfinite(s.values).all()}
-    if bad:
-        step, name = min((int(s.steps[~np.isfinite(s.values)][0]), n) for n, s in bad.items())
-        yield Finding(
-            "non-finite",
-            "fail",
-            f"{name} is not finite from step {step:,} on" + (f", and {len(bad) - 1} more." if len(bad) > 1 else "."),
-            {"step": step, "quantities": len(bad)},
-            (
-                Remedy("start from the last good checkpoint with half the rate: --optim.rate", 200),
-                Remedy("a longer --optim.warmup", 200),
-                Remedy("--train.precision fp32", 200),
-            ),
-            step=step,
-        )
+    if not bad:
+        return
+    step, name = min((int(s.steps[~np.isfinite(s.values)][0]), n) for n, s in bad.items())
+    steering = [n for n in bad if "/loss/" in n or n.endswith("/gradient_norm")]
+    back = record.foreign and all(np.isfinite(bad[n].values[-FEWEST:]).all() for n in steering)
+    yield Finding(
+        "non-finite",
+        "warning" if back else "fail",
+        f"{name} is not finite {'at' if back else 'from'} step {step:,}{'' if back else ' on'}"
+        + (f", and {len(bad) - 1} more." if len(bad) > 1 else "."),
+        {"step": step, "quantities": len(bad), "rows": int(sum((~np.isfinite(s.values)).sum() for s in bad.values()))},
+        (
+            Remedy("start from the last good checkpoint with half the rate: --optim.rate", 200),
+            Remedy("a longer --optim.warmup", 200),
+            Remedy("--train.precision fp32", 200),
+        ),
+        step=step,
+    )
 
 
 @rule(
@@ -81,14 +95,21 @@ def diverged(record: Record, limits: Limits) -> Iterator[Finding | NotMeasured]:
     Seen by the median of the last quarter against the best stretch of as many rows before it, in robust standard
     deviations of that stretch; a loss must also have given up a share of what it had gained.
     """
-    looked = False
+    looked = given_up = False
     curves = settled(record, record.matching(*MINIMISED))
+    if record.foreign:  # what a term of another program is for is not known, what is minimised is
+        rebuilt = {n: finite(s) for n, s in record.matching("*/loss/reconstruction").items()}
+        ramped = any(map(course.improved, rebuilt.values()))
+        curves = rebuilt if ramped else mains(record)
     for name, s in curves.items():
         if name.endswith("/total") and len([n for n in curves if n.startswith(name[:-5])]) > 1:
             continue  # its terms are judged, of which some may rise by right
-        if len(s) < FEWEST or any(word in name for word in ("/kl", *QUANTISER)):
+        if len(s) < FEWEST or any(word in name for word in ASIDE):
             continue
         looked = True
+        twin = curves.get("train" + name.removeprefix("val")) if name.startswith("val/") else None
+        if twin is not None and course.improved(twin):
+            continue  # on held-out items alone it is overfitting, or another scale
         width = max(3, len(s) // 4)
         starts = np.unique(np.linspace(0, len(s) - width, WINDOWS).astype(int))
         smooth = np.median(sliding_window_view(s.values, width)[starts], axis=1)
@@ -96,10 +117,12 @@ def diverged(record: Record, limits: Limits) -> Iterator[Finding | NotMeasured]:
         choice = int((before if len(before) else smooth).argmin())
         best, now, then = int(starts[choice]), float(smooth[-1]), float(smooth[choice])
         noise = mad(s.values[best : best + width] - rolling_median(s.values[best : best + width], 3)) + 1e-9
+        noise = max(noise, course.noise(s.values)) if record.foreign else noise
         gained = float(s.values[0]) - then
         if now - then > limits["deviations"] * noise and now - then > limits["share_lost"] * max(gained, 0.0):
             rising = s.steps[best + width - 1 :][s.values[best + width - 1 :] > then + limits["deviations"] * noise]
             step = int(rising[0]) if len(rising) else int(s.steps[-1])
+            given_up = True
             yield Finding(
                 "diverged",
                 "fail",
@@ -114,13 +137,39 @@ def diverged(record: Record, limits: Limits) -> Iterator[Finding | NotMeasured]:
             )
     if not looked:
         yield NotMeasured(f"fewer than {FEWEST} rows of any loss under weights that stay as they are")
+    elif not given_up:
+        yield from _lost(mains(record))
+
+
+def _lost(curves: Mapping[str, Series]) -> Iterator[Finding]:
+    """A stretch in which training gave up what it had gained and did not come back, or with which it ends."""
+    stretches = {name: course.lost(s) for name, s in curves.items()}
+    for name, x in stretches.items():
+        if x is None or x.recovered or not name.startswith("train/"):
+            continue
+        others = [y for n, y in stretches.items() if n.startswith("val/") and len(curves[n]) >= FEWEST]
+        seen = [y for y in others if y is not None and not y.recovered and y.last >= x.first]
+        where = f"from step {x.first:,} on" if x.at_end else f"from step {x.first:,} to {x.last:,}"
+        yield Finding(
+            "diverged",
+            "fail" if seen or (not others and x.rows >= 3) else "warning",
+            f"{name} had come to {x.best:.4g} and was up to {x.peak:.4g} {where}; it ends at {x.now:.4g}"
+            + (", and the held-out loss with it." if seen else "."),
+            {"best": x.best, "peak": x.peak, "now": x.now, "rows": x.rows},
+            (
+                Remedy("take the checkpoint before it, and halve the rate: --optim.rate", 500),
+                Remedy("clip the gradient: --optim.clip 1.0", 500),
+            ),
+            candidates=("the rate is too high for where it is: halve it", "one batch did it: look at its items"),
+            step=x.first,
+        )
 
 
 @rule(
     id="spike",
     source="Hampel 1974",
     case="J",
-    needs=("train/loss/*", "train/optimizer/gradient_norm"),
+    needs=("train/loss/*", "val/loss/*", "train/optimizer/gradient_norm"),
     log="the training loss",
     limits={"deviations": 12.0, "times": 1.5},
 )
@@ -129,7 +178,7 @@ def spike(record: Record, limits: Limits) -> Iterator[Finding | NotMeasured]:
 
     Seen by distance from the rolling median of 21 rows, in robust standard deviations.
     """
-    curves = record.matching("train/loss/*", "train/optimizer/gradient_norm").items()
+    curves = record.matching("train/loss/*", "val/loss/*", "train/optimizer/gradient_norm").items()
     long = {name: finite(s) for name, s in curves if len(finite(s)) >= 4 * FEWEST}
     if not long:
         yield NotMeasured(f"fewer than {4 * FEWEST} rows of any loss")
@@ -138,7 +187,11 @@ def spike(record: Record, limits: Limits) -> Iterator[Finding | NotMeasured]:
         positive = bool((s.values > 0).all())  # heavy tails, as of gradient norms, are symmetric in their logarithm
         off = np.log(s.values / middle) if positive else s.values - middle
         late = np.arange(len(s)) >= max(10, len(s) // 10)  # the start of a run is steep, not spiky
-        high = late & (off > limits["deviations"] * (mad(off[late]) + 1e-12)) & (s.values > limits["times"] * middle)
+        high = (
+            late
+            & (off > limits["deviations"] * (mad(off[late]) + 1e-12))
+            & (s.values - middle > (limits["times"] - 1) * np.abs(middle))
+        )
         if high.any() and not high[-3:].any():
             worst = int(np.where(high, off, -np.inf).argmax())
             yield Finding(
@@ -165,12 +218,13 @@ def learning_rate_off(record: Record, limits: Limits) -> Iterator[Finding | NotM
 
     Seen by each logged rate, which is read from the optimizer, against the configured schedule at that optimizer step.
     """
-    from intaglio.objectives.schedules import warmup_constant, warmup_cosine
-
     optim, s = record.config.get("optim"), record.series["train/optimizer/rate"]
     if optim is None or record.steps is None:
+        yield from _no_rate(finite(s))
         yield NotMeasured("there is no configured schedule to hold it against")
         return
+    from intaglio.objectives.schedules import warmup_constant, warmup_cosine
+
     rate, warmup = optim["rate"], optim["warmup"]
     if optim["schedule"] == "constant":
         due = np.array([rate * warmup_constant(int(k) - 1, warmup) for k in s.steps])
@@ -195,115 +249,18 @@ def learning_rate_off(record: Record, limits: Limits) -> Iterator[Finding | NotM
         )
 
 
-@rule(
-    id="term-inert",
-    source="what is logged is what is applied",
-    case="V: teacher; J: VQ loss; E: alignment",
-    needs=("train/term.*/gradient_norm", "train/loss/*"),
-    log="each loss term as train/loss/NAME, its gradient norm as train/term.NAME/gradient_norm",
-    limits={"spread": 1e-7, "share": 1e-9},
-)
-def term_inert(record: Record, limits: Limits) -> Iterator[Finding]:
-    """A configured loss term has no gradient, or its value never changes.
-
-    Seen by the gradient norm of each term in the first steps and at each look; the spread of its logged values.
-    """
-    weights = {n.rsplit("/", 1)[1]: s for n, s in record.matching("train/weight/*").items()}
-    for term, s in terms(record).items():
-        if term in weights and not weights[term].values.any():
-            continue  # switched off on purpose
-        if term.startswith("kl") and record.matching("*/*/groups_above_floor"):
-            continue  # under free bits: kl-free and kl-parked judge it
-        norm = record.get(f"train/term.{term}/gradient_norm")
-        flat = len(s) >= FEWEST and float(np.ptp(s.values)) <= limits["spread"] * max(1e-12, abs(s.value))
-        zero = norm is not None and not (norm.values > 0).any() and (len(norm) >= LOOKS or record.settled(norm))
-        if zero or flat:
-            what = "its gradient is zero" if zero else f"it has been {s.value:.6g} in all {len(s)} rows"
-            yield Finding(
-                "term-inert",
-                "fail",
-                f"The loss term {term} teaches nothing: {what}.",
-                {"value": s.value, "rows": len(s)},
-                (Remedy(f"see whether it depends on a parameter that is trained, or leave it out: --loss.{term} 0"),),
-                step=int(s.steps[0]),
-            )
-
-
-@rule(
-    id="term-dominates",
-    source="Chen et al. 2018 (GradNorm); Yu et al. 2020 (gradient surgery)",
-    case="J: relational at six times the rest",
-    needs=("train/term.*/gradient_share",),
-    log="the gradient norm of each term as train/term.NAME/gradient_share",
-    limits={"share": 0.95, "opposed": 0.8, "cosine": -0.5},
-)
-def term_dominates(record: Record, limits: Limits) -> Iterator[Finding]:
-    """One loss term's gradient dwarfs or opposes all others.
-
-    Seen by its share of the summed gradient norms, weights applied, and its cosine with the sum of the others, on the
-    parameters that they share; an equal share is 1 / number of terms.
-    """
-    shares = record.matching("train/term.*/gradient_share")
-    for name, s in shares.items():
-        term, late = name.split("/")[1].removeprefix("term."), s.values[len(s) // 2 :]
-        cosine = record.get(f"train/term.{term}/gradient_cosine")
-        against = cosine is not None and float(np.median(cosine.values[len(cosine) // 2 :])) < limits["cosine"]
-        share = float(np.median(late))
-        if (
-            len(shares) > 1
-            and len(late) > 1
-            and record.settled(s)
-            and share > limits["opposed" if against else "share"]
-        ):
-            evidence = {"share": share, "equal_share": 1 / len(shares)}
-            yield Finding(
-                "term-dominates",
-                "warning",
-                f"The term {term} makes {share:.0%} of the gradient on what the terms share"
-                + (", against the others" if against else "")
-                + f"; an equal share is {1 / len(shares):.0%}.",
-                evidence | ({"cosine": cosine.value} if cosine is not None else {}),
-                (Remedy(f"lower its weight: --loss.{term}", 1000),),
-                step=int(s.steps[len(s) // 2]),
-            )
-
-
-@rule(
-    id="weight-not-applied",
-    source="what is logged is what is applied",
-    case="V: a ramp that was only logged",
-    needs=("train/weight/*",),
-    log="each term's weight as train/weight/NAME, beside train/loss/NAME and train/loss/total",
-    limits={"relative": 0.01},
-)
-def weight_not_applied(record: Record, limits: Limits) -> Iterator[Finding | NotMeasured]:
-    """The weight that is logged is not the weight that multiplied.
-
-    Seen by Σ logged weight · logged term against the logged total, row by row.
-    """
-    total, weights = record.get("train/loss/total"), record.matching("train/weight/*")
-    parts = terms(record)
-    if total is None or not parts:
-        yield NotMeasured("train/loss/total and the terms stand not in the history together")
-        return
-    due = np.zeros(len(total))
-    for term, s in parts.items():
-        w = weights.get(f"train/weight/{term}")
-        if w is None or not np.array_equal(w.steps, total.steps) or not np.array_equal(s.steps, total.steps):
-            yield NotMeasured(f"the term {term} or its weight is not logged in the rows of the total")
-            return
-        due += w.values * s.values
-    off = np.abs(due - total.values) / (np.abs(total.values) + 1e-6)
-    if np.nanmax(off) > limits["relative"]:
-        worst = int(np.nanargmax(off))
+def _no_rate(s: Series) -> Iterator[Finding]:
+    """A rate that is 0 in a third of the run or more."""
+    zero = s.values == 0
+    if len(s) >= FEWEST and zero[1:].mean() > 1 / 3:
+        first = int(s.steps[1:][zero[1:]][0])
         yield Finding(
-            "weight-not-applied",
-            "fail",
-            f"At step {int(total.steps[worst]):,} the logged weights and terms add up to {due[worst]:.4g}, but the "
-            f"total that was minimised is {total.values[worst]:.4g}.",
-            {"logged": float(due[worst]), "applied": float(total.values[worst])},
-            candidates=("a weight or ramp is only logged", "a term is in the total and not in the log"),
-            step=int(total.steps[worst]),
+            "learning-rate-off",
+            "fail" if zero[1:].all() else "warning",
+            f"The rate is 0 in {zero.mean():.0%} of the rows, first at step {first:,}: nothing is learnt there.",
+            {"share": float(zero.mean()), "step": first},
+            candidates=("the schedule was built for fewer steps", "the rate is rounded to 0 when it is logged"),
+            step=first,
         )
 
 
@@ -344,60 +301,16 @@ def input_starved(record: Record, limits: Limits) -> Iterator[Finding]:
             )
 
 
-@rule(
-    id="stopped-in-ramp",
-    source="Prechelt 1998",
-    case="V",
-    needs=("train/weight/*",),
-    log="each term's weight as train/weight/NAME",
-)
-def stopped_in_ramp(record: Record, limits: Limits) -> Iterator[Finding | NotMeasured]:
-    """Early stopping can end a run before a ramp has, or judges by a loss whose weights move.
-
-    Seen by the last step at which a logged weight moved, against the first at which patience can run out.
-    """
-    train = record.config.get("train") or {}
-    if "patience" not in train:
-        yield NotMeasured("whether and when training may stop early is not known")
-        return
-    moving = {n.rsplit("/", 1)[1]: s for n, s in record.matching("train/weight/*").items() if np.ptp(s.values) > 0}
-    if not train["patience"] or not moving:
-        return
-    every = train.get("validate_every") or 1
-    earliest = every * (train["patience"] + 1)
-    for term, s in moving.items():
-        end = int(s.steps[1:][np.diff(s.values) != 0][-1])
-        if earliest < end:
-            yield Finding(
-                "stopped-in-ramp",
-                "warning",
-                f"Patience can end the run at step {earliest:,}; the weight of {term} moves until step {end:,}.",
-                {"earliest": earliest, "end": end},
-                (Remedy(f"--train.patience {-(-end // every) + 1}"), Remedy("a shorter ramp")),
-                step=earliest,
-            )
-        if train.get("monitor") in ("val/loss/total", f"val/loss/{term}_weighted"):
-            yield Finding(
-                "stopped-in-ramp",
-                "warning",
-                f"The best step is chosen by {train['monitor']}, in which the weight of {term} moves: it follows the "
-                "ramp, not the model.",
-                {"first": float(s.values[0]), "last": float(s.values[-1])},
-                (Remedy("choose by a term without a moving weight: --train.monitor val/loss/reconstruction"),),
-                step=end,
-            )
-
-
-def terms(record: Record) -> dict[str, Series]:
-    """The training loss terms by name; their total only where it is all that is logged."""
-    found = {n.rsplit("/", 1)[1]: s for n, s in record.matching("train/loss/*").items()}
-    return {n: s for n, s in found.items() if n != "total" or len(found) == 1}
-
-
-def finite(s: Series) -> Series:
-    """The rows whose value is a number."""
-    good = np.isfinite(s.values)
-    return Series(s.steps[good], s.values[good], s.nulls[good], s.counts[good])
+def mains(record: Record) -> dict[str, Series]:
+    """Finite rows of what is minimised, for each split: the total where no weight moves, else its terms."""
+    moving = any(float(np.ptp(s.values)) > 0 for s in record.matching("train/weight/*").values())
+    found: dict[str, Series] = {}
+    for split in ("train", "val"):
+        curves = {n: finite(s) for n, s in record.matching(f"{split}/loss/*").items()}
+        total = f"{split}/loss/total"
+        own = {n: s for n, s in curves.items() if n != total and not any(w in n for w in ASIDE)}
+        found |= {total: curves[total]} if total in curves and not moving else own
+    return {n: s for n, s in found.items() if len(s)}
 
 
 def settled(record: Record, found: Mapping[str, Series]) -> dict[str, Series]:
@@ -408,14 +321,4 @@ def settled(record: Record, found: Mapping[str, Series]) -> dict[str, Series]:
     return {n: s.after(warmup) if warmup else s for n, s in kept.items()}
 
 
-RULES: tuple[Rule, ...] = (
-    non_finite,
-    diverged,
-    spike,
-    learning_rate_off,
-    term_inert,
-    term_dominates,
-    weight_not_applied,
-    input_starved,
-    stopped_in_ramp,
-)
+RULES: tuple[Rule, ...] = (non_finite, diverged, spike, learning_rate_off, input_starved)

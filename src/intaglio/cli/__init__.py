@@ -13,6 +13,8 @@ from itertools import islice
 from typing import Any
 
 from intaglio import __version__
+from intaglio.cli import analysing
+from intaglio.cli.analysing import print_json
 
 Arguments = argparse.Namespace
 
@@ -57,7 +59,7 @@ def _train(a: Arguments) -> int:
             raise ValueError(f"Which recipe? One of: {', '.join(config.recipes())}.")
         resolved = config.load(a.recipe, a.overrides)
         if a.json:
-            _print_json(config.to_dict(resolved))
+            print_json(config.to_dict(resolved))
         else:
             print(config.dump(resolved), end="")
         return 0
@@ -66,11 +68,11 @@ def _train(a: Arguments) -> int:
     folder = train(a.recipe, a.overrides, resume=a.resume, parent=a.parent, dry_run=a.dry_run, quiet=a.quiet or a.json)
     if folder is None:
         if a.json:
-            _print_json({"run": None, "status": "dry run", "step": 0})
+            print_json({"run": None, "status": "dry run", "step": 0})
         return 0
     record = folder.record
     if a.json:
-        _print_json({"run": str(folder.path), "status": record["status"], "step": record["step"]})
+        print_json({"run": str(folder.path), "status": record["status"], "step": record["step"]})
     stopped = record.get("stopped_by") or ""
     return 1 if stopped.startswith("health: ") else {"SIGINT": 130, "SIGTERM": 143}.get(stopped, 0)
 
@@ -81,7 +83,7 @@ def _check(a: Arguments) -> int:
 
     report = check(a.recipe, a.overrides)
     if a.json:
-        _print_json(report.as_dict())
+        print_json(report.as_dict())
     else:
         print("\n".join(report_lines(report)))
     return int(any(f.severity == "fail" for f in report.findings))
@@ -99,45 +101,13 @@ def _evaluate(a: Arguments) -> int:
 
     readings, lines = evaluate(a.run)
     if a.json:
-        _print_json({"readings": {name: asdict(r) for name, r in readings.items()}})
+        print_json({"readings": {name: asdict(r) for name, r in readings.items()}})
     else:
         print("\n".join(lines))
     from intaglio.history import run_folder
 
     findings = json.loads((run_folder.find(a.run).path / "findings.json").read_text(encoding="utf-8"))
     return int(findings["verdict"] == "failing")
-
-
-def _diagnose(a: Arguments) -> int:
-    from intaglio.health.diagnosis import chosen, diagnose_run, explain, marks
-
-    if a.explain:
-        from intaglio.health.rules import all_rules
-
-        if a.explain not in {r.id for r in all_rules()}:  # some are seen before training alone, and need torch
-            from intaglio.health.pages import before_training
-
-            if a.explain in (early := before_training()):
-                print(f"{a.explain}\n\nSeen by intaglio check: " + "; ".join(early[a.explain]))
-                return 0
-        print(explain(*chosen([a.explain])))
-        return 0
-    if a.run is None:
-        raise ValueError("which run? Give its folder or its name; or --explain RULE.")
-    if a.trials:
-        from intaglio.api import look_again
-
-        look_again(a.run)
-    diagnosis = diagnose_run(a.run, a.profile, a.rule or ())
-    if a.json:
-        _print_json(diagnosis.as_dict() | {"profile": {"name": a.profile, "marks": marks(a.profile)}})
-    else:
-        from intaglio.reports.summary import verdict_lines
-
-        print("\n".join(verdict_lines(diagnosis)))
-        if told := marks(a.profile):
-            print("\n".join([f"limits of the profile {a.profile}:", *(f"  {mark}" for mark in told)]))
-    return {"failing": 1, "cannot tell": 3}.get(diagnosis.verdict, 0)
 
 
 def _caption(a: Arguments) -> int:
@@ -152,7 +122,7 @@ def _caption(a: Arguments) -> int:
     skipped = Skipped()
     found = caption(a.run, a.images, Decoding(method=a.method, **options), a.seed, skipped)
     if a.json:
-        _print_json({"captions": found, "skipped": skipped.reasons})
+        print_json({"captions": found, "skipped": skipped.reasons})
     else:
         for file, words in found.items():
             print(f"{file}\t{words}")
@@ -165,7 +135,7 @@ def _generate(a: Arguments) -> int:
     given = {k: getattr(a, k) for k in ("temperature", "guidance") if getattr(a, k) is not None}
     rows = generate(a.run, a.out, a.n, a.seed, a.text, **given)
     if a.json:
-        _print_json({"folder": a.out, "images": rows})
+        print_json({"folder": a.out, "images": rows})
     else:
         for row in rows:
             print(f"{a.out}/{row['file_name']}\t{row['caption']}")
@@ -179,7 +149,7 @@ def _interpolate(a: Arguments) -> int:
 
     captions = interpolate(a.run, a.a, a.b, a.out, a.steps)
     if a.json:
-        _print_json({"folder": a.out, "captions": captions})
+        print_json({"folder": a.out, "captions": captions})
     else:
         print("\n".join(captions))
         print(f"{a.out}/sheet.png")
@@ -192,7 +162,7 @@ def _reconstruct(a: Arguments) -> int:
     skipped = Skipped()
     quality = reconstruct(a.run, a.images, a.out, skipped)
     if a.json:
-        _print_json({"folder": a.out, "psnr_db": quality, "skipped": skipped.reasons})
+        print_json({"folder": a.out, "psnr_db": quality, "skipped": skipped.reasons})
     else:
         for file, decibels in quality.items():
             print(f"{file}\t{decibels:.2f} dB")
@@ -205,7 +175,7 @@ def _search(a: Arguments) -> int:
     skipped = Skipped()
     hits = search(a.run, a.folder, a.text, a.image, a.top, skipped)
     if a.json:
-        _print_json({"hits": hits, "skipped": skipped.reasons})
+        print_json({"hits": hits, "skipped": skipped.reasons})
     else:
         for hit in hits:
             name = hit["file"] if "file" in hit else f"{hit['item']}  {hit['caption']}"
@@ -219,7 +189,7 @@ def _encode(a: Arguments) -> int:
     skipped = Skipped()
     rows, width = encode(a.run, a.images, a.out, skipped)
     if a.json:
-        _print_json({"file": a.out, "rows": rows, "width": width, "skipped": skipped.reasons})
+        print_json({"file": a.out, "rows": rows, "width": width, "skipped": skipped.reasons})
     else:
         print(f"{a.out}: {rows} latents of {width} dimensions")
     return _tell_skipped(skipped, rows)
@@ -228,7 +198,7 @@ def _encode(a: Arguments) -> int:
 def _bench(a: Arguments) -> int:
     from intaglio.bench import run_benchmark
 
-    return run_benchmark(a.what, a.out)
+    return run_benchmark(a.what, a.out, a.data)
 
 
 VERBS = {
@@ -236,7 +206,7 @@ VERBS = {
     "check": _check,
     "demo": _demo,
     "evaluate": _evaluate,
-    "diagnose": _diagnose,
+    **analysing.VERBS,
     "caption": _caption,
     "generate": _generate,
     "interpolate": _interpolate,
@@ -290,12 +260,7 @@ def _parser() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentParse
     p = verb("evaluate", "measure a finished run on its held-out items, each number beside its null")
     p.add_argument("run")
 
-    p = verb("diagnose", "the verdict on a run, live or finished: what is healthy, what fails and why, what to change")
-    p.add_argument("run", nargs="?")
-    p.add_argument("--profile", default="default", help="limits: default, documents, or a YAML file")
-    p.add_argument("--rule", action="append", metavar="RULE", help="judge by this rule alone (may be repeated)")
-    p.add_argument("--trials", action="store_true", help="load the model and its data, and run instruments and trials")
-    p.add_argument("--explain", metavar="RULE", help="what a rule measures, against which null, and its source")
+    analysing.add(verb)
 
     p = verb("caption", "caption images")
     p.add_argument("run")
@@ -340,14 +305,11 @@ def _parser() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentParse
     p.add_argument("images", nargs="+", help="image files or folders")
     p.add_argument("--out", default="latents.safetensors", help=".safetensors or .parquet")
 
-    p = verb("bench", "our own evidence: speed, the targets of a system, or how often healthy runs are accused")
-    p.add_argument("what", choices=("speed", "multimodal", "healthy"))
+    p = verb("bench", "our own evidence: speed, targets of a system, false alarms, verdicts on labelled histories")
+    p.add_argument("what", choices=("speed", "multimodal", "healthy", "histories"))
+    p.add_argument("--data", metavar="FOLDER", help="of bench histories: a folder with labels.json")
     p.add_argument("--out", default="benchmarks", metavar="FOLDER")
     return parser, verbs.choices
-
-
-def _print_json(answer: Any) -> None:
-    print(json.dumps(answer, ensure_ascii=False, indent=2))
 
 
 def _tell_skipped(skipped: Any, found: Any) -> int:

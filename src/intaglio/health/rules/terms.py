@@ -1,0 +1,179 @@
+"""The terms of the loss: does each teach, does one drown the others, is what is logged what is applied? No torch."""
+
+from collections.abc import Iterator
+
+import numpy as np
+
+from intaglio.health.finding import Finding, Remedy
+from intaglio.health.record import Record
+from intaglio.health.rule import Limits, Rule, rule
+from intaglio.health.rules.training import FEWEST, LOOKS
+from intaglio.history import NotMeasured, Series
+
+
+@rule(
+    id="term-inert",
+    source="what is logged is what is applied",
+    case="V: teacher; J: VQ loss; E: alignment",
+    needs=("train/term.*/gradient_norm", "train/loss/*"),
+    log="each loss term as train/loss/NAME, its gradient norm as train/term.NAME/gradient_norm",
+    limits={"spread": 1e-7, "share": 1e-9},
+)
+def term_inert(record: Record, limits: Limits) -> Iterator[Finding]:
+    """A configured loss term has no gradient, or its value never changes.
+
+    Seen by the gradient norm of each term in the first steps and at each look; the spread of its logged values.
+    """
+    weights = {n.rsplit("/", 1)[1]: s for n, s in record.matching("train/weight/*").items()}
+    for term, s in terms(record).items():
+        if term in weights and not weights[term].values.any():
+            continue  # switched off on purpose
+        if term.startswith("kl") and record.matching("*/*/groups_above_floor"):
+            continue  # under free bits: kl-free and kl-parked judge it
+        norm = record.get(f"train/term.{term}/gradient_norm")
+        flat = len(s) >= FEWEST and float(np.ptp(s.values)) <= limits["spread"] * max(1e-12, abs(s.value))
+        zero = norm is not None and not (norm.values > 0).any() and (len(norm) >= LOOKS or record.settled(norm))
+        if zero or flat:
+            what = "its gradient is zero" if zero else f"it has been {s.value:.6g} in all {len(s)} rows"
+            yield Finding(
+                "term-inert",
+                "warning" if record.foreign else "fail",
+                f"The loss term {term} teaches nothing: {what}.",
+                {"value": s.value, "rows": len(s)},
+                (Remedy(f"see whether it depends on a parameter that is trained, or leave it out: --loss.{term} 0"),),
+                step=int(s.steps[0]),
+            )
+
+
+@rule(
+    id="term-dominates",
+    source="Chen et al. 2018 (GradNorm); Yu et al. 2020 (gradient surgery)",
+    case="J: relational at six times the rest",
+    needs=("train/term.*/gradient_share",),
+    log="the gradient norm of each term as train/term.NAME/gradient_share",
+    limits={"share": 0.95, "opposed": 0.8, "cosine": -0.5},
+)
+def term_dominates(record: Record, limits: Limits) -> Iterator[Finding]:
+    """One loss term's gradient dwarfs or opposes all others.
+
+    Seen by its share of the summed gradient norms, weights applied, and its cosine with the sum of the others, on the
+    parameters that they share; an equal share is 1 / number of terms.
+    """
+    shares = record.matching("train/term.*/gradient_share")
+    for name, s in shares.items():
+        term, late = name.split("/")[1].removeprefix("term."), s.values[len(s) // 2 :]
+        cosine = record.get(f"train/term.{term}/gradient_cosine")
+        against = cosine is not None and float(np.median(cosine.values[len(cosine) // 2 :])) < limits["cosine"]
+        share = float(np.median(late))
+        if (
+            len(shares) > 1
+            and len(late) > 1
+            and record.settled(s)
+            and share > limits["opposed" if against else "share"]
+        ):
+            evidence = {"share": share, "equal_share": 1 / len(shares)}
+            yield Finding(
+                "term-dominates",
+                "warning",
+                f"The term {term} makes {share:.0%} of the gradient on what the terms share"
+                + (", against the others" if against else "")
+                + f"; an equal share is {1 / len(shares):.0%}.",
+                evidence | ({"cosine": cosine.value} if cosine is not None else {}),
+                (Remedy(f"lower its weight: --loss.{term}", 1000),),
+                step=int(s.steps[len(s) // 2]),
+            )
+
+
+@rule(
+    id="weight-not-applied",
+    source="what is logged is what is applied",
+    case="V: a ramp that was only logged",
+    needs=("train/weight/*",),
+    log="each term's weight as train/weight/NAME, beside train/loss/NAME and train/loss/total",
+    limits={"relative": 0.01},
+)
+def weight_not_applied(record: Record, limits: Limits) -> Iterator[Finding | NotMeasured]:
+    """The weight that is logged is not the weight that multiplied.
+
+    Seen by Σ logged weight · logged term against the logged total, row by row.
+    """
+    total, weights = record.get("train/loss/total"), record.matching("train/weight/*")
+    parts = terms(record)
+    if record.foreign:
+        yield NotMeasured("which terms the total of a foreign history holds is not known")
+        return
+    if total is None or not parts:
+        yield NotMeasured("train/loss/total and the terms stand not in the history together")
+        return
+    due = np.zeros(len(total))
+    for term, s in parts.items():
+        w = weights.get(f"train/weight/{term}")
+        if w is None or not np.array_equal(w.steps, total.steps) or not np.array_equal(s.steps, total.steps):
+            yield NotMeasured(f"the term {term} or its weight is not logged in the rows of the total")
+            return
+        due += w.values * s.values
+    off = np.abs(due - total.values) / (np.abs(total.values) + 1e-6)
+    if np.nanmax(off) > limits["relative"]:
+        worst = int(np.nanargmax(off))
+        yield Finding(
+            "weight-not-applied",
+            "fail",
+            f"At step {int(total.steps[worst]):,} the logged weights and terms add up to {due[worst]:.4g}, but the "
+            f"total that was minimised is {total.values[worst]:.4g}.",
+            {"logged": float(due[worst]), "applied": float(total.values[worst])},
+            candidates=("a weight or ramp is only logged", "a term is in the total and not in the log"),
+            step=int(total.steps[worst]),
+        )
+
+
+@rule(
+    id="stopped-in-ramp",
+    source="Prechelt 1998",
+    case="V",
+    needs=("train/weight/*",),
+    log="each term's weight as train/weight/NAME",
+)
+def stopped_in_ramp(record: Record, limits: Limits) -> Iterator[Finding | NotMeasured]:
+    """Early stopping can end a run before a ramp has, or judges by a loss whose weights move.
+
+    Seen by the last step at which a logged weight moved, against the first at which patience can run out.
+    """
+    train = record.config.get("train") or {}
+    if "patience" not in train:
+        yield NotMeasured("whether and when training may stop early is not known")
+        return
+    moving = {n.rsplit("/", 1)[1]: s for n, s in record.matching("train/weight/*").items() if np.ptp(s.values) > 0}
+    if not train["patience"] or not moving:
+        return
+    every = train.get("validate_every") or 1
+    earliest = every * (train["patience"] + 1)
+    for term, s in moving.items():
+        end = int(s.steps[1:][np.diff(s.values) != 0][-1])
+        if earliest < end:
+            yield Finding(
+                "stopped-in-ramp",
+                "warning",
+                f"Patience can end the run at step {earliest:,}; the weight of {term} moves until step {end:,}.",
+                {"earliest": earliest, "end": end},
+                (Remedy(f"--train.patience {-(-end // every) + 1}"), Remedy("a shorter ramp")),
+                step=earliest,
+            )
+        if train.get("monitor") in ("val/loss/total", f"val/loss/{term}_weighted"):
+            yield Finding(
+                "stopped-in-ramp",
+                "warning",
+                f"The best step is chosen by {train['monitor']}, in which the weight of {term} moves: it follows the "
+                "ramp, not the model.",
+                {"first": float(s.values[0]), "last": float(s.values[-1])},
+                (Remedy("choose by a term without a moving weight: --train.monitor val/loss/reconstruction"),),
+                step=end,
+            )
+
+
+def terms(record: Record) -> dict[str, Series]:
+    """The training loss terms by name; their total only where it is all that is logged."""
+    found = {n.rsplit("/", 1)[1]: s for n, s in record.matching("train/loss/*").items()}
+    return {n: s for n, s in found.items() if n != "total" or len(found) == 1}
+
+
+RULES: tuple[Rule, ...] = (term_inert, term_dominates, weight_not_applied, stopped_in_ramp)
