@@ -19,6 +19,7 @@ from PIL import Image
 from torch import Tensor
 
 from intaglio.bench import Result
+from intaglio.bench.big_history import measure_big_history
 from intaglio.config import MultimodalConfig, load
 from intaglio.data.batches import TrainingBatches
 from intaglio.data.engravings import Engravings
@@ -44,6 +45,7 @@ def measure() -> tuple[list[Result], dict[str, Any]]:
         small_on, small_off = _monitor_on_and_off(Path(scratch))
         grown = _memory_with_health(Path(scratch))
         few, many = _encode_memory(Path(scratch))
+        history = measure_big_history(Path(scratch))
     cached = _decoding_ratio()
     started = {"--help": _started("-m", "intaglio", "--help"), "import": _started("-c", "import intaglio")}
     python = _started("-c", "pass")
@@ -62,6 +64,7 @@ def measure() -> tuple[list[Result], dict[str, Any]]:
         Result("caption decoding, cached over recomputed, 100 tokens", 3.0, cached),
         Result("peak memory, encoding 10,000 over 1,000 images", 1.1, many / few, better="lower"),
         Result("built-in images a second at 64 px, one core", 500.0, _drawing_rate()),
+        *history,
     ]
     facts = {
         "items_per_second": {"trainer": trainer, "bare_loop": bare, "health_on": watched, "health_off": unwatched},

@@ -306,7 +306,7 @@ def _parser() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentParse
     p.add_argument("--out", default="latents.safetensors", help=".safetensors or .parquet")
 
     p = verb("bench", "our own evidence: speed, targets of a system, false alarms, verdicts on labelled histories")
-    p.add_argument("what", choices=("speed", "multimodal", "healthy", "histories"))
+    p.add_argument("what", choices=("speed", "multimodal", "healthy", "histories", "comparisons"))
     p.add_argument("--data", metavar="FOLDER", help="of bench histories: a folder with labels.json")
     p.add_argument("--out", default="benchmarks", metavar="FOLDER")
     return parser, verbs.choices

@@ -3,7 +3,7 @@
 import textwrap
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from itertools import chain
+from itertools import chain, islice
 from typing import TYPE_CHECKING
 
 from intaglio.health.diagnosis import ESSENTIAL, Diagnosis
@@ -74,8 +74,13 @@ def history_lines(judged: "Sequence[Judged]") -> list[str]:
     h = x.history
     rows = max((len(s) for s in h.given.values()), default=0)
     names = ", ".join(f"{theirs} as {ours}" for theirs, ours in x.renamed.items() if theirs != ours)
-    lines = [f"{plain(h.name)}: {h.format}, {len(h.given)} metrics, {rows:,} rows, by {plain(h.axis)}"]
+    lines = [f"{plain(h.name)}: {h.format}, {len(h.given):,} metrics, {rows:,} rows, by {plain(h.axis)}"]
     lines += _wrapped(f"read: {plain(names)}") if names else []
+    if h.given and not any(name.count("/") == 2 for name in x.series):
+        few = ", ".join([*map(plain, islice(h.given, 3)), *["…"][: len(h.given) > 3]])
+        lines += _wrapped(
+            f"note: none of its names is known here ({few}): --map NAME=train/loss/total says what is what"
+        )
     lines += chain.from_iterable(_wrapped(f"note: {plain(notice)}") for notice in h.notices)
     return [*lines, *map(plain, verdict_lines(x.diagnosis))]
 
