@@ -1,26 +1,24 @@
 """A history of a million rows by twenty metrics, as a CSV, and what its verdict and its report cost."""
 
-import os
-import resource
-import subprocess
-import sys
-import time
 from pathlib import Path
 
 import numpy as np
 
 from intaglio.bench import Result
+from intaglio.bench.process import process
 
 
 def measure_big_history(folder: Path, rows: int = 1_000_000, metrics: int = 20) -> list[Result]:
     """Seconds and peak memory of ``intaglio diagnose`` on it, the better of two, and seconds of ``intaglio report``."""
     file = _write(folder / "big.csv", rows, metrics)
-    verdicts = [_run(folder, "diagnose", str(file)) for _ in range(2)]
-    report, _ = _run(folder, "report", str(file), "--out", str(folder / "report"))
+    verdicts = [process("diagnose", str(file), codes=(0, 1, 3)) for _ in range(2)]
+    report = process("report", str(file), "--out", str(folder / "report"), codes=(0, 1, 3))
     return [
-        Result("seconds to a verdict, CSV of 1,000,000 rows × 20", 3.0, min(s for s, _ in verdicts), better="lower"),
-        Result("GB of memory for it", 1.0, max(m for _, m in verdicts) / 1e9, better="lower"),
-        Result("seconds to its full report", 15.0, report, better="lower"),
+        Result(
+            "seconds to a verdict, CSV of 1,000,000 rows × 20", 3.0, min(v.seconds for v in verdicts), better="lower"
+        ),
+        Result("GB of memory for it", 1.0, max(v.peak for v in verdicts) / 1e9, better="lower"),
+        Result("seconds to its full report", 15.0, report.seconds, better="lower"),
     ]
 
 
@@ -35,18 +33,3 @@ def _write(file: Path, rows: int, metrics: int) -> Path:
         columns[name] = falling * np.exp(0.05 * rng.normal(size=rows))
     pl.DataFrame(columns).write_csv(file)
     return file
-
-
-def _run(folder: Path, *words: str) -> tuple[float, int]:
-    """Seconds and peak resident bytes of a command in a process of its own."""
-    begun = time.perf_counter()
-    process = subprocess.Popen([sys.executable, "-m", "intaglio", *words], stdout=subprocess.DEVNULL, cwd=folder)
-    _, status, used = os.wait4(process.pid, 0)
-    seconds = time.perf_counter() - begun
-    if os.waitstatus_to_exitcode(status) not in (0, 1, 3):
-        raise RuntimeError(f"intaglio {' '.join(words)} failed")
-    return seconds, _bytes(used)
-
-
-def _bytes(used: resource.struct_rusage) -> int:
-    return used.ru_maxrss * (1 if sys.platform == "darwin" else 1024)

@@ -27,9 +27,14 @@ def measure() -> tuple[list[Result], dict[str, Any]]:
     change, none = compare(arms["baseline"], arms["slower"]), compare(arms["baseline"], arms["again"])
     single = compare(arms["baseline"][:1], arms["slower"][:1])
     results = [
-        Result("a real change, three seeds each: is called worse", 1, change.verdict == "worse", n=6),
-        Result("no change, three seeds each: is called neither", 1, none.verdict in ("cannot tell", "equivalent"), n=6),
-        Result("one run each: cannot tell", 1, single.verdict == "cannot tell", n=2),
+        Result("a real change, three seeds each: is called worse", 1, float(change.verdict == "worse"), n=6),
+        Result(
+            "no change, three seeds each: is called neither",
+            1,
+            float(none.verdict in ("cannot tell", "equivalent")),
+            n=6,
+        ),
+        Result("one run each: cannot tell", 1, float(single.verdict == "cannot tell"), n=2),
     ]
     said = {"change": change, "no change": none, "one run each": single}
     return results, {name: {"verdict": c.verdict, "reason": c.reason} for name, c in said.items()}

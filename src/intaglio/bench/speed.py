@@ -20,6 +20,7 @@ from torch import Tensor
 
 from intaglio.bench import Result
 from intaglio.bench.big_history import measure_big_history
+from intaglio.bench.process import process
 from intaglio.config import MultimodalConfig, load
 from intaglio.data.batches import TrainingBatches
 from intaglio.data.engravings import Engravings
@@ -169,7 +170,7 @@ def _memory_with_health(scratch: Path) -> float:
     """Peak resident bytes of a short training with health on, looks included, over those with it off."""
     words = ["--runs", str(scratch), "--data.items", "2000", "--train.steps", "30", "--train.validate_every", "10"]
     peaks = [
-        _peak("train", "multimodal-small", *words, "--prior.steps", "1", f"--health.on={on}")
+        process("train", "multimodal-small", *words, "--prior.steps", "1", f"--health.on={on}").peak
         for on in ("true", "false")
     ]
     return peaks[0] / peaks[1]
@@ -283,19 +284,9 @@ def _encode_memory(scratch: Path) -> tuple[int, int]:
         for i in range(256, count):
             os.link(folder / f"{i % 256:05d}.png", folder / f"{i:05d}.png")
         peaks.append(
-            _peak("encode", str(scratch / "model"), str(folder), "--out", str(scratch / f"{count}.safetensors"))
+            process("encode", str(scratch / "model"), str(folder), "--out", str(scratch / f"{count}.safetensors")).peak
         )
     return peaks[0], peaks[1]
-
-
-def _peak(*command: str) -> int:
-    """Peak resident bytes of ``intaglio COMMAND`` in a process of its own."""
-    program = (
-        "import resource, sys; from intaglio.cli import main; code = main(sys.argv[1:]); "
-        "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss); sys.exit(code)"
-    )
-    done = subprocess.run([sys.executable, "-c", program, *command], capture_output=True, text=True, check=True)
-    return int(done.stdout.split()[-1]) * (1 if sys.platform == "darwin" else 1024)
 
 
 def _started(*words: str) -> float:
