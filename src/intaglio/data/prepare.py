@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from intaglio.config import DataConfig
-from intaglio.data import order
+from intaglio.data import cifar, order, stl10
 from intaglio.data.batches import CaptionedImages
 from intaglio.data.cache import cache_folder, image_table
 from intaglio.data.corpus import Corpus, Progress
@@ -55,10 +55,14 @@ def open_corpus(config: DataConfig, seed: int, progress: Progress | None = None)
     """The corpus that the configuration names; ``progress`` is called with (done, all) while images are decoded.
 
     Raises:
-        ValueError: the source is neither ``engravings`` nor a usable folder.
+        ValueError: the source is neither ``engravings`` nor a usable folder of images or of a published data set.
     """
     if config.source == "engravings":
         return Engravings(config.items or BUILT_IN_ITEMS, seed=seed)
+    if stl10.claims(config.source):
+        return stl10.STL10(config.source, config.caption_template, cache=cache_folder(config.cache))
+    if cifar.claims(config.source):
+        return cifar.CIFAR(config.source, config.caption_template, cache=cache_folder(config.cache))
     return ImageFolder(
         config.source,
         size=config.image_size,
