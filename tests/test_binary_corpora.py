@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from intaglio.config import DataConfig
+from intaglio.config import CaptionDataConfig
 from intaglio.data import cifar, stl10
 from intaglio.data.cifar import CIFAR
 from intaglio.data.prepare import prepare
@@ -114,7 +114,7 @@ def test_the_fingerprint_covers_pixels_and_labels(tmp_path):
 
 def test_a_source_by_name_is_prepared_for_training(tmp_path):
     stl(tmp_path / "data")
-    config = DataConfig(source=str(tmp_path / "data"), image_size=32, cache=str(tmp_path / "cache"))
+    config = CaptionDataConfig(source=str(tmp_path / "data"), image_size=32, cache=str(tmp_path / "cache"))
     prepared = prepare(config, seed=0, vocabulary=300)
     assert prepared.corpus.name == "stl10"
     assert prepared.record["training items declared as test"] == 0

@@ -10,10 +10,10 @@ from PIL import Image
 
 from intaglio.config import load
 from intaglio.data.batches import Batch
-from intaglio.health import check as checking
 from intaglio.health.check import check, report_lines
+from intaglio.health.checks import subject_of
 from intaglio.health.rules import static
-from intaglio.health.rules.static import DataFacts, Facts
+from intaglio.health.rules.static import CaptionFacts, DataFacts, Facts
 from intaglio.models import cost
 from intaglio.models.multimodal import MultimodalModel
 from intaglio.systems.multimodal import MultimodalSystem
@@ -142,7 +142,7 @@ def test_faults_that_a_pass_shows(options, rule):
 def test_dead_modules_are_named_and_counted():
     config = load("multimodal-small", [*TINY, "--loss.contrastive", "0"])
     (dead,) = [f for f in check(config).findings if f.rule == "dead-parameters"]
-    system = checking._system(config, 20, 300)
+    system = subject_of(config).system()
     network = system.model.network
     idle = [network.image_projection, network.text_projection, network.text_encoder, system.pairing]
     shared = network.embedding.weight.numel()  # the text decoder trains it
@@ -155,12 +155,13 @@ def test_dead_modules_are_named_and_counted():
 def facts():
     """A healthy recipe as the rules see it."""
     config = load("multimodal-small", TINY)
-    system = checking._system(config, 20, 300)
+    system = subject_of(config).system()
     terms = {"reconstruction", "caption", "contrastive", "kl"}
     measured = {f"val/loss/{t}" for t in (*terms, "total")} | {"val/caption/token_accuracy", "val/image/mse"}
-    data = DataFacts(36, 4, 3000, 28, 160, 0, 0, 255, 40)
+    data = DataFacts(36, 4, 0, 255, 40, captions=CaptionFacts(3000, 28, 160, 0))
     total = sum(p.numel() for p in system.parameters())
-    return Facts(config, system.model.network, total, 16 * total, 20 * total, terms, measured, {}, {}, 3000, data)
+    sizes = (total, 16 * total, 20 * total)
+    return Facts(config, system.model.network, *sizes, terms, measured, {}, {}, steps=3000, data=data)
 
 
 def test_healthy_facts_give_no_finding(facts):

@@ -7,6 +7,7 @@ from dataclasses import fields
 from pathlib import Path
 
 import pytest
+import test_diffusion_system
 from conftest import TINY, train
 from PIL import Image
 
@@ -19,6 +20,13 @@ from intaglio.health.pages import pages
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 TOO_LONG = ("intaglio demo", "intaglio bench")
+
+
+DIFFUSED = {
+    "small": (),
+    "latent": ("--model.autoencoder={place}/autoencoder/a", "--model.patch=1"),
+    "text": ("--condition.encoder={place}/made/small",),
+}
 
 
 def commands() -> list[str]:
@@ -41,7 +49,8 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for i in range(48):
         name = "some.jpg" if i == 0 else f"{i}.png"
         Image.fromarray(corpus.image(i, 40)).save(place / "FOLDER" / name)
-        rows.append(json.dumps({"file_name": name, "caption": corpus.captions(i)[0]}))
+        label = "thing" if corpus.label(i) in ("house", "ship", "tower", "vase", "wheel") else "nature"
+        rows.append(json.dumps({"file_name": name, "caption": corpus.captions(i)[0], "label": label}))
     (place / "FOLDER" / "metadata.jsonl").write_text("\n".join(rows) + "\n")
     for name in ("a.png", "b.png", "image.png"):
         Image.fromarray(corpus.image(len(name), 64)).save(place / name)
@@ -49,6 +58,12 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for name in ("multimodal-small", "multimodal-folder"):
         (place / "runs" / name).symlink_to(run.path)
     (place / "RUN").symlink_to(run.path)
+    autoencoder = test_diffusion_system.run("autoencoder-small", place / "autoencoder")
+    for name, words in DIFFUSED.items():
+        made = test_diffusion_system.run(f"diffusion-{name}", place / name, *(w.format(place=place) for w in words))
+        (place / "runs" / f"diffusion-{name}").symlink_to(made.path)
+    (place / "runs" / "autoencoder-small").symlink_to(autoencoder.path)
+    (place / "DIFFUSION").symlink_to(place / "runs" / "diffusion-small")
     rows = [f"{50 * k},{2.0 ** (-k / 8) + 0.3:.6f},{2.0 ** (-k / 9) + 0.35:.6f},{k / 60}" for k in range(60)]
     (place / "history.csv").write_text("\n".join(["step,loss,val_loss,quux", *rows]) + "\n")
     (place / "plan.yaml").write_text("plan:\n  - {watch: val/loss/total, above: 100}\n")
@@ -62,11 +77,14 @@ def test_command_of_the_docs_works(
     words = shlex.split(command)[1:]
     monkeypatch.chdir(place)
     if words[0] == "train" and "--resume" in words:
-        words = ["train", "--resume", str(train(place / "resumed").path), *words[3:]]
+        again = test_diffusion_system.run("diffusion-small", place / "resumed") if "diffusion" in words[2] else None
+        words = ["train", "--resume", str((again or train(place / "resumed")).path), *words[3:]]
         words = ["24" if w == "6000" else w for w in words]
     elif words[0] == "train":
         folder = any("FOLDER" in w for w in words)
-        tiny = [w for w in TINY if not (folder and w.startswith("--data.items"))]
+        ours = {"autoencoder": test_diffusion_system.AUTOENCODER, "diffusion": test_diffusion_system.DIFFUSION}
+        system = next((name for name in ours if any(name in w for w in words)), None)
+        tiny = [w for w in (ours[system] if system else TINY) if not (folder and w.startswith("--data.items"))]
         words = ["train", *tiny, "--runs=more", *([] if "--print_config" in words else ["--quiet"]), *words[1:]]
         words = ["12" if w == "500" else w for w in words]
     expected = {1} if words[:2] == ["check", "documented-multimodal"] or words[0] == "evaluate" else {0}

@@ -334,7 +334,7 @@ def test_a_slow_loader_is_found(tmp_path, shapes, monkeypatch):
         time.sleep(0.05)
         return quick(self, items, draw)
 
-    monkeypatch.setattr(batches.CaptionedImages, "batch", slow)
+    monkeypatch.setattr(batches.CaptionedImages, "training_batch", slow)
     (found,) = of(faulty(tmp_path, shapes, *FEW), "input-starved")
     assert "Training waits for data" in found["message"]
 

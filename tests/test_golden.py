@@ -1,6 +1,6 @@
 """Golden runs: the first losses of each system at a fixed seed, compared exactly with those that are committed.
 
-    python tests/test_golden.py        writes tests/golden/multimodal.json anew
+    python tests/test_golden.py        writes tests/golden/*.json anew
 
 Do that only with a change that is meant to change training, and say so in the changelog.
 """
@@ -11,12 +11,14 @@ import tempfile
 from pathlib import Path
 
 import pytest
+import test_diffusion_system
 import torch
+from conftest import train
 
 from intaglio.history import read_history
 from intaglio.history.run_folder import RunFolder
 
-GOLDEN = Path(__file__).with_name("golden") / "multimodal.json"
+GOLDEN = Path(__file__).with_name("golden")
 
 
 def losses(run: RunFolder) -> dict[str, list[float]]:
@@ -32,8 +34,25 @@ def machine() -> dict[str, str]:
     return {"torch": torch.__version__.split("+")[0], "cpu": torch.backends.cpu.get_cpu_capability()}
 
 
-def test_the_multimodal_losses_are_the_committed_ones(reference):
-    golden, now = json.loads(GOLDEN.read_text()), losses(reference)
+def diffused(scratch: Path) -> dict[str, RunFolder]:
+    """Runs of the autoencoder, and of diffusion in pixels and in its latents."""
+    autoencoder = test_diffusion_system.run("autoencoder-small", scratch / "autoencoder")
+    words = (f"--model.autoencoder={autoencoder.path}", "--model.patch=1")
+    return {
+        "autoencoder": autoencoder,
+        "diffusion": test_diffusion_system.run("diffusion-small", scratch / "pixels"),
+        "diffusion-latent": test_diffusion_system.run("diffusion-latent", scratch / "latents", *words),
+    }
+
+
+@pytest.fixture(scope="module")
+def runs(reference: RunFolder, tmp_path_factory: pytest.TempPathFactory) -> dict[str, RunFolder]:
+    return {"multimodal": reference, **diffused(tmp_path_factory.mktemp("golden"))}
+
+
+@pytest.mark.parametrize("system", ["multimodal", "autoencoder", "diffusion", "diffusion-latent"])
+def test_the_losses_are_the_committed_ones(system, runs):
+    golden, now = json.loads((GOLDEN / f"{system}.json").read_text()), losses(runs[system])
     assert now.keys() == golden["losses"].keys()
     assert len(now["train/loss/total"]) == 20
     if golden["machine"] == machine():
@@ -43,11 +62,9 @@ def test_the_multimodal_losses_are_the_committed_ones(reference):
 
 
 if __name__ == "__main__":
-    from conftest import train
-
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as scratch:
-        content = {"machine": machine(), "losses": losses(train(Path(scratch)))}
-    GOLDEN.parent.mkdir(exist_ok=True)
-    GOLDEN.write_text(json.dumps(content, indent=1) + "\n")
-    print(f"{GOLDEN} written with {sys.executable.rsplit('/', 1)[-1]}, torch {content['machine']['torch']}")
+        for system, run in {"multimodal": train(Path(scratch)), **diffused(Path(scratch))}.items():
+            content = {"machine": machine(), "losses": losses(run)}
+            (GOLDEN / f"{system}.json").write_text(json.dumps(content, indent=1) + "\n")
+    sys.exit()

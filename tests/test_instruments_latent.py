@@ -258,6 +258,15 @@ def test_the_clamped_are_counted_as_a_clamp_rounds():
         moments.clamped_share(x, 1, 1)
 
 
+def test_a_clamp_that_is_not_known_is_seen_by_the_bound_that_channels_share():
+    x = torch.randn(4, 5000, generator=torch.Generator().manual_seed(0))
+    assert moments.cut_share(x) == Reading(0.0, 0.0, 20000)
+    assert moments.cut_share(x.clamp(-1, 1)).value == pytest.approx(0.317, abs=0.01)
+    x[0, :2000] = 9.0  # what one channel says of an empty patch
+    assert moments.cut_share(x).value == 0
+    assert isinstance(moments.cut_share(x[:1]), NotMeasured)
+
+
 # KL bottlenecks
 
 

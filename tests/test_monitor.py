@@ -169,6 +169,23 @@ def test_a_bad_update_never_reaches_the_weights_and_its_batch_is_kept(tmp_path):
     assert main(["diagnose", str(tmp_path / "run")]) == 1
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+@pytest.mark.parametrize("spoilt", [(math.nan,), (math.inf,), (math.inf, -math.inf)])
+def test_a_gradient_is_refused_between_rows_though_the_loss_is_finite(tmp_path, dtype, spoilt):
+    model = nn.Linear(4, 3, dtype=dtype)
+    monitor = Monitor(model, folder=tmp_path / "run")
+    for step in range(1, 8):
+        model.zero_grad()
+        loss = model(torch.ones(2, 4, dtype=dtype)).sum()
+        loss.backward()
+        model.weight.grad.fill_(6e4)  # its sum is beyond float16, and none of it is infinite
+        if step < 7:
+            monitor.step(loss)
+    model.weight.grad.view(-1)[: len(spoilt)] = torch.tensor(spoilt, dtype=dtype)
+    with pytest.raises(Stopped, match=r"Step 7: .*gradient norm (nan|inf). The update was not made"):
+        monitor.step(loss)
+
+
 def test_a_failing_finding_stops_where_that_is_asked_for(tmp_path, capsys):
     class Spare(Autoencoder):
         def __init__(self):

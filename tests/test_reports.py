@@ -17,9 +17,9 @@ from PIL import Image
 
 from intaglio import config as configuration
 from intaglio.cli import main
-from intaglio.config import DataConfig, MultimodalModelConfig
+from intaglio.config import CaptionDataConfig, MultimodalModelConfig
 from intaglio.data.corpus import Corpus
-from intaglio.data.prepare import Prepared, prepare
+from intaglio.data.prepare import Captioned, prepare
 from intaglio.health.diagnosis import Diagnosis
 from intaglio.health.finding import Finding, remedies
 from intaglio.history import HistoryWriter, Reading
@@ -28,7 +28,7 @@ from intaglio.models.multimodal import MultimodalModel
 from intaglio.reports import charts
 from intaglio.reports.charts import Curve
 from intaglio.reports.page import write_page
-from intaglio.reports.proofs import make_proofs
+from intaglio.reports.proofs.multimodal import make_proofs
 from intaglio.reports.summary import summary_lines
 from intaglio.reports.words import written
 
@@ -41,12 +41,12 @@ SECTIONS = ("Verdict", "Key numbers", "Proofs", "Losses", "Data", "Notices", "Ho
 
 
 @pytest.fixture(scope="module")
-def prepared(tmp_path_factory: pytest.TempPathFactory) -> Prepared:
+def prepared(tmp_path_factory: pytest.TempPathFactory) -> Captioned:
     cache = str(tmp_path_factory.mktemp("cache"))
-    return prepare(DataConfig(items=120, image_size=32, held_out=0.2, cache=cache), seed=0, vocabulary=300)
+    return prepare(CaptionDataConfig(items=120, image_size=32, held_out=0.2, cache=cache), seed=0, vocabulary=300)
 
 
-def model_for(prepared: Prepared, config: MultimodalModelConfig = SMALL) -> MultimodalModel:
+def model_for(prepared: Captioned, config: MultimodalModelConfig = SMALL) -> MultimodalModel:
     torch.manual_seed(0)
     model = MultimodalModel(
         asdict(config), {"width": 32, "layers": 1}, 32, prepared.text_length, len(prepared.tokenizer)
@@ -59,7 +59,7 @@ def pulled(folder: Path) -> dict[str, bytes]:
     return {p.name: p.read_bytes() for p in folder.iterdir()}
 
 
-def test_proofs_are_the_same_each_time_and_leave_no_trace_in_the_model(prepared: Prepared, tmp_path: Path):
+def test_proofs_are_the_same_each_time_and_leave_no_trace_in_the_model(prepared: Captioned, tmp_path: Path):
     model = model_for(prepared).train()
     latents = model.encode(prepared.data.images[prepared.splits["train"]])
     model.prior.mean.copy_(latents.mean(0))
@@ -85,7 +85,7 @@ def test_proofs_are_the_same_each_time_and_leave_no_trace_in_the_model(prepared:
             assert image.width == 1228
 
 
-def test_what_is_not_proved_is_told_with_its_reason(prepared: Prepared, tmp_path: Path):
+def test_what_is_not_proved_is_told_with_its_reason(prepared: Captioned, tmp_path: Path):
     quick = make_proofs(model_for(prepared), prepared, tmp_path, quick=True)
     assert [p.name for p in quick] == ["reconstructions.png"]
     skipped = json.loads((tmp_path / "proofs.json").read_text())["skipped"]
@@ -125,7 +125,7 @@ def run(tmp_path: Path) -> RunFolder:
     return create(config, ["intaglio", "train", HOSTILE])
 
 
-def filled(run: RunFolder, prepared: Prepared) -> RunFolder:
+def filled(run: RunFolder, prepared: Captioned) -> RunFolder:
     """A run with something in every part, hostile words in all of them, and a twin."""
     make_proofs(model_for(prepared), replace(prepared, corpus=Hostile(prepared.corpus)), run.proofs(2000))
     (run.proofs(2000) / "samples.png").write_bytes(b"\x89PNG cut off")
@@ -184,7 +184,7 @@ class Reader(HTMLParser):
         return [attributes for name, attributes in self.tags if name == tag]
 
 
-def test_the_page_holds_everything_escaped_and_loads_nothing(run: RunFolder, prepared: Prepared):
+def test_the_page_holds_everything_escaped_and_loads_nothing(run: RunFolder, prepared: Captioned):
     path = write_page(filled(run, prepared))
     source = path.read_text(encoding="utf-8")
     page = Reader(source)

@@ -320,7 +320,7 @@ def test_every_rule_is_tested_here_says_what_it_needs_and_has_a_name_of_its_own(
     rules = all_rules()
     assert len({r.id for r in rules}) == len(rules)
     tested = {c[0] for c in CASES} | {c[0] for c in FACTS} | {"learning-rate-off", "stopped-in-ramp"}
-    assert {r.id for r in rules} == tested
+    assert {r.id for r in rules if r.family != "diffusion"} == tested  # of that, in test_rules_diffusion.py
     for r in rules:
         assert r.needs or r.facts
         assert r.log

@@ -56,6 +56,8 @@ CASES = [
     ("unfaithful", sweep((1, 0.5, 0.02, 1, 1), (3, 0.8, 0.02, 1, 1)), ["warning"]),
     ("unfaithful", sweep((1, 0.5, 0.02, 1, 1), MODEST), []),
     ("unfaithful", sweep((1, 0.5, 0.02, 1, 1), MODEST) | {"val/guidance/used": looks(1)}, ["warning"]),
+    ("unfaithful", between("val/guidance.3/class_accuracy", 0.9, 0.8, 0.95, 0.1), []),
+    ("unfaithful", between("val/guidance.3/class_accuracy", 0.5, 0.1, 0.9, 0.25), []),
     ("unfaithful", sweep((3, 0.7, 0.02, 1, 1)) | {"val/judge/accuracy": looks(0.75)}, []),
     ("unfaithful", sweep((3, 0.3, 0.02, 1, 1)) | {"val/judge/accuracy": looks(0.35)}, None),
     ("over-stylised", sweep(MODEST, STRONG) | USED_9, ["fail"]),
@@ -63,6 +65,8 @@ CASES = [
     ("over-stylised", sweep(MODEST, STRONG), ["note"]),
     ("over-stylised", sweep(MODEST, STRONG) | USED_3, []),
     ("over-stylised", sweep(MODEST), []),
+    ("over-stylised", sweep((1, 0.9, 0.3, 1.5, 0.9), (3, 0.95, 0.33, 1.7, 0.8)) | USED_3, []),
+    ("over-stylised", sweep((1, 0.9, 0.3, 1.2, 0.9), (3, 0.95, 0.5, 1.7, 0.8)) | USED_3, ["warning"]),
     ("memorised", between("val/samples/copied_share", 0.2, 0.16, 0.25, 0.01), ["fail"]),
     ("memorised", between("val/samples/copied_share", 0.06, 0.04, 0.09, 0.01), ["warning"]),
     ("memorised", between("val/samples/copied_share", 0.02, 0.011, 0.036, 0.01), []),
@@ -104,6 +108,8 @@ CASES = [
         [],
     ),
     ("high-noise-starved", {"train/log_snr.-7/weight": looks(0.02, 0.1)}, []),
+    ("schedule-mismatch", {"train/noise/terminal_snr": looks(0.0047, 0)}, ["warning"]),
+    ("schedule-mismatch", {"train/noise/terminal_snr": looks(2.4e-9, 0)}, []),
 ]
 
 
@@ -116,6 +122,29 @@ def test_each_rule_fires_on_its_fault_and_on_nothing_else(rule, series, due):
         assert f.remedies
         assert f.evidence
         assert f.step == 2000
+
+
+@pytest.mark.parametrize(
+    ("drop", "guidance", "due"),
+    [
+        (1.0, 1, ["fail"]),
+        (0.0, 3, ["fail"]),
+        (0.0, 1, []),
+        (0.01, 3, ["warning"]),
+        (0.8, 1, ["warning"]),
+        (0.15, 3, []),
+    ],
+)
+def test_both_branches_of_guidance_are_trained(drop, guidance, due):
+    series = {"val/guidance/used": looks(guidance)}
+    for by, expected in (("class", due), ("none", [])):
+        config = {"system": "diffusion", "condition": {"by": by, "drop": drop}}
+        findings = apply([BY_ID["null-mismatch"]], Record(series, config=config, steps=2000)).findings
+        assert [f.severity for f in findings] == expected
+
+
+def test_every_rule_is_tested_here():
+    assert BY_ID.keys() == {case[0] for case in CASES} | {"null-mismatch"}
 
 
 def test_a_weight_is_recommended_for_each_class():

@@ -15,12 +15,12 @@ from conftest import ran, resume, tiny, train
 from PIL import Image
 
 from intaglio.cli import main
-from intaglio.config import DataConfig, load
+from intaglio.config import CaptionDataConfig, load
 from intaglio.data import order
 from intaglio.data.batches import CaptionedImages, TrainingBatches
 from intaglio.data.prepare import notices, prepare
 from intaglio.data.tokenizer import END, PAD, START, UNK, CaptionTokenizer
-from intaglio.health.check import _system
+from intaglio.health.checks import subject_of
 from intaglio.history.run_folder import RunFolder
 from intaglio.models.multimodal import MultimodalModel
 from intaglio.objectives import Term
@@ -88,7 +88,7 @@ def test_the_tokenizer_learns_from_training_captions_alone(tmp_path):
     """A word that only held-out captions hold is no token, and its unseen bytes are counted."""
     texts = ["a quiet harbour"] * 6 + ["zeppelins zeppelins zeppelins Ω"] * 3
     source = captioned(tmp_path / "images", texts, ["train"] * 6 + ["val"] * 3)
-    prepared = prepare(DataConfig(source=str(source), cache=str(tmp_path)), 0, 200)
+    prepared = prepare(CaptionDataConfig(source=str(source), cache=str(tmp_path)), 0, 200)
     vocabulary = prepared.tokenizer.tokenizer.get_vocab()
     assert any("harbour" in token for token in vocabulary)
     assert not any("z" in token for token in vocabulary)
@@ -113,7 +113,7 @@ def test_long_captions_are_cut_and_counted():
     assert cut[0] == START
     assert END not in cut
     assert short[3:] == [END, PAD]
-    data = DataConfig(items=40, image_size=16, text_length=6)
+    data = CaptionDataConfig(items=40, image_size=16, text_length=6)
     prepared = prepare(data, 0, 300)
     assert prepared.data.ids.shape[1] == prepared.text_length == 6
     cut_captions, all_captions = prepared.record["captions cut"], prepared.record["captions"]
@@ -121,7 +121,7 @@ def test_long_captions_are_cut_and_counted():
 
 
 def test_captions_of_one_token_give_a_configuration_that_loads(tmp_path):
-    data = DataConfig(source=str(captioned(tmp_path / "images", ["a", "b"] * 6)), cache=str(tmp_path))
+    data = CaptionDataConfig(source=str(captioned(tmp_path / "images", ["a", "b"] * 6)), cache=str(tmp_path))
     assert prepare(data, 0, 200).text_length == 3
     assert load("multimodal-folder", [f"--data.source={data.source}", "--data.text_length=3"]).data.text_length == 3
 
@@ -344,7 +344,7 @@ def test_early_stop_ends_with_the_best_look_s_weights_and_is_not_forgotten(tmp_p
 
 
 def test_logged_losses_are_means_over_the_passes_of_a_step():
-    system = _system(load("multimodal-small"), 20, 300)
+    system = subject_of(load("multimodal-small")).system()
     for number, value in enumerate((1.0, 3.0, 8.0)):
         system._pass = number
         system._remember({"caption": Term(torch.tensor(value), 2.0)}, torch.tensor(2 * value))

@@ -7,8 +7,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from intaglio.nn.attention import attend
 from intaglio.nn.condition import Condition
-from intaglio.nn.documented_unet import DocumentedUNet
+from intaglio.nn.documented_unet import DocumentedUNet, DocumentedUpsample
+from intaglio.nn.dropout import Dropout
 from intaglio.nn.time_embedding import sinusoids
 from intaglio.nn.unet import UNet, Upsample
 
@@ -174,6 +176,46 @@ def test_upsampling_is_nearest_and_a_convolution():
     direction = torch.randn_like(slow)
     for a, b in zip(*(torch.autograd.grad(y, weights, direction) for y in (fast, slow)), strict=True):
         torch.testing.assert_close(a, b)
+
+
+@pytest.mark.parametrize("batch", [1, 8])
+def test_documented_upsampling_is_what_it_says(batch):
+    """Few places and many go different ways."""
+    upsample = DocumentedUpsample(32).double()
+    x = torch.randn(batch, 32, 3, 5, dtype=torch.float64, requires_grad=True)
+    slow = upsample.narrow(upsample.conv(F.interpolate(x, scale_factor=2.0, mode="nearest")))
+    weights = [x, *upsample.parameters()]
+    direction = torch.randn_like(slow)
+    torch.testing.assert_close(upsample(x), slow)
+    for a, b in zip(*(torch.autograd.grad(y, weights, direction) for y in (upsample(x), slow)), strict=True):
+        torch.testing.assert_close(a, b)
+
+
+def test_dropout_drops_its_share_alike_in_both_directions():
+    dropout, x = Dropout(0.1), torch.ones(7, 33, 41, 43, requires_grad=True)
+    torch.manual_seed(0)
+    y = dropout(x)
+    y.sum().backward()
+    assert y.unique().tolist() == pytest.approx([0, 1 / 0.9])
+    apart = (y.detach() == 0).float() - 0.1
+    assert abs(apart.mean()) < 0.002
+    for dim in range(4):  # neighbours don't share their bits
+        assert abs((apart * apart.roll(1, dim)).mean() / 0.09) < 0.01
+    assert torch.equal(x.grad, y)
+    torch.manual_seed(0)
+    assert torch.equal(dropout(x), y)
+    assert torch.equal(dropout.eval()(x), x)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_attention_and_its_gradients_are_those_of_torch(dtype):
+    parts = [torch.randn(2, 4, n, 16, dtype=torch.float64, requires_grad=True) for n in (9, 11, 11)]
+    exact = F.scaled_dot_product_attention(*parts)
+    ours = attend(*(part.to(dtype) for part in parts)).double()
+    direction = torch.randn_like(exact)
+    assert (ours - exact).norm() < 0.02 * exact.norm()
+    for a, b in zip(*(torch.autograd.grad(y, parts, direction) for y in (ours, exact)), strict=True):
+        assert (a - b).norm() < 0.03 * b.norm()
 
 
 def test_sinusoids_tell_neighbouring_steps_apart():

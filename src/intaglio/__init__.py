@@ -27,6 +27,7 @@ VERBS = (
     "generate",
     "interpolate",
     "load_model",
+    "prove",
     "reconstruct",
     "search",
     "train",

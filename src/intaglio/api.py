@@ -4,28 +4,35 @@ Shapes: N items, S image side, Z latent dimensions.
 """
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
 
-from intaglio.config import Config, MultimodalConfig, load
+from intaglio.config import load
 from intaglio.data.batches import fixed_batches
 from intaglio.data.pixels import SUFFIXES, UnreadableImage, read_image
-from intaglio.data.prepare import Prepared, prepare
 from intaglio.data.vectors import VectorFile
 from intaglio.health.check import CheckReport
 from intaglio.health.check import check as check_config
 from intaglio.history import HistoryWriter, Reading, read_history, run_folder
 from intaglio.history.run_folder import RunFolder
-from intaglio.models.multimodal import GUIDANCE, TEMPERATURE, MultimodalModel, of_run, open_model
+from intaglio.models.autoencoder import Autoencoder
+from intaglio.models.diffusion import DiffusionModel
+from intaglio.models.multimodal import GUIDANCE, TEMPERATURE, MultimodalModel
 from intaglio.models.multimodal import interpolate as between
+from intaglio.models.saved import Model, of_run, open_saved
+from intaglio.sampling.diffusion import Method, Sampler
+from intaglio.sampling.guidance import Guidance
 from intaglio.sampling.tokens import Decoding
+
+if TYPE_CHECKING:
+    from intaglio.training.kinds import Kind
 
 __all__ = [
     "caption",
@@ -36,6 +43,7 @@ __all__ = [
     "generate",
     "interpolate",
     "load_model",
+    "prove",
     "reconstruct",
     "search",
     "train",
@@ -51,11 +59,24 @@ class Skipped:
     reasons: dict[str, str] = field(default_factory=dict)
 
 
-def load_model(run: str | Path) -> MultimodalModel:
+def load_model(run: str | Path) -> Model:
     """The model of a finished run (or of a folder written by ``save_pretrained``), on a GPU where there is one."""
     path = Path(run)
-    model = open_model(path) if (path / "model.safetensors").is_file() else of_run(run_folder.find(run))
+    model = open_saved(path) if (path / "model.safetensors").is_file() else of_run(run_folder.find(run))
     return model.to("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def _multimodal(run: str | Path, verb: str) -> MultimodalModel:
+    """The model of a multimodal run.
+
+    Raises:
+        ValueError: it is of a system that has no such use; says which uses it has.
+    """
+    model = load_model(run)
+    if not isinstance(model, MultimodalModel):
+        uses = {Autoencoder: "reconstruct", DiffusionModel: "generate, reconstruct"}[type(model)]
+        raise ValueError(f"{run} is no multimodal model, and cannot {verb}. What it can do: {uses}.")
+    return model
 
 
 def train(recipe: str | Path | None = None, overrides: Sequence[str] = (), **options: Any) -> RunFolder | None:
@@ -88,7 +109,7 @@ def caption(
     skipped: Skipped | None = None,
 ) -> dict[str, str]:
     """A caption for each image file or each image of a folder: {file: caption}."""
-    model = load_model(run)
+    model = _multimodal(run, "caption")
     sampled = decoding is not None and decoding.method == "sample"
     if seed is not None and not sampled:
         raise ValueError("A seed has no effect on greedy and beam captions: leave it out, or use --method sample.")
@@ -107,44 +128,119 @@ def generate(
     n: int = 16,
     seed: int = 0,
     text: str | None = None,
-    temperature: float = TEMPERATURE,
-    guidance: float = GUIDANCE,
+    temperature: float | None = None,
+    guidance: float | None = None,
+    label: str | None = None,
+    interval: Sequence[float] | None = None,
+    rescale: float | None = None,
+    sampler: Method | None = None,
+    steps: int | None = None,
+    eta: float | None = None,
 ) -> list[dict[str, Any]]:
-    """Images with captions: from the prior, or from a text. Writes PNGs, ``metadata.jsonl`` and ``sheet.png``.
+    """New images from a multimodal or a diffusion model. Writes PNGs, ``metadata.jsonl`` and ``sheet.png``.
 
     The folder written is itself an image folder that ``train`` reads. Row i comes from seed + i alone, so the same
-    seed gives the same image in any n.
+    seed gives the same image in any n. A multimodal model draws from its prior, or from ``text``, and captions what it
+    draws (``temperature``). A diffusion model draws a ``label`` (each class in turn where none is given) or a
+    ``text``; for the rest see `Guidance` and `Sampler`; what is not given is as the run has it.
+
+    Raises:
+        ValueError: an option of the other kind of model, or a value that it cannot have.
     """
     if n < 1:
         raise ValueError(f"n is {n}; ask for at least 1 image.")
-    model, folder = load_model(run), _new_folder(out)
+    model, seeds = load_model(run), range(seed, seed + n)
+    denoising = {
+        "label": label,
+        "interval": interval,
+        "rescale": rescale,
+        "sampler": sampler,
+        "steps": steps,
+        "eta": eta,
+    }
+    if isinstance(model, MultimodalModel):
+        _refuse_given(denoising, "diffusion models; this one is multimodal")
+        draw = _from_prior(model, seeds, text, temperature, guidance)
+    elif isinstance(model, DiffusionModel):
+        _refuse_given({"temperature": temperature}, "multimodal models; this one is of diffusion: see --cfg and --eta")
+        usual = model.usual_sampler()
+        how = Sampler(sampler or usual.method, usual.steps if steps is None else steps, eta)
+        draw = _denoised(model, seeds, label, text, guidance, interval, rescale or 0.0, how)
+    else:
+        raise ValueError(f"{run} is an autoencoder, which draws nothing new; train diffusion on its latents.")
+    folder = _free_folder(out)
     rows: list[dict[str, Any]] = []
     pictures = []
-    for start in range(seed, seed + n, BATCH):
-        seeds = range(start, min(start + BATCH, seed + n))
-        if text is None:
-            z = model.sample_prior(seeds, temperature, guidance)
-        else:
-            z = model.text_latent([text] * len(seeds), seeds, temperature, guidance)
-        images = model.decode(z)
-        for s, image, words in zip(seeds, images, model.caption(z), strict=True):
-            name = f"seed-{s:06d}.png"
+    for images, told in draw:
+        folder.mkdir(parents=True, exist_ok=True)
+        for image, row in zip(images, told, strict=True):
+            name = f"seed-{seed + len(rows):06d}.png"
             Image.fromarray(image).save(folder / name)
-            row = {"file_name": name, "caption": words, "seed": s, "temperature": temperature, "guidance": guidance}
-            rows.append(row if text is None else {**row, "text": text})
+            rows.append({"file_name": name, **row})
         pictures.append(images)
     _write_rows(folder / "metadata.jsonl", rows)
     _sheet(np.concatenate(pictures), 8).save(folder / "sheet.png")
-    if text is not None and (unknown := model.unknown_tokens(text)):
+    if isinstance(model, MultimodalModel) and text is not None and (unknown := model.unknown_tokens(text)):
         rows[0]["note"] = f"{unknown} pieces of the text never occurred in the training captions"
     return rows
+
+
+Drawn = Iterator[tuple[np.ndarray, list[dict[str, Any]]]]
+"""Images (B, S, S, 3) and what is to be written of each."""
+
+
+def _refuse_given(options: Mapping[str, Any], whose: str) -> None:
+    given = [("--class" if name == "label" else f"--{name}") for name, value in options.items() if value is not None]
+    if given:
+        raise ValueError(f"{', '.join(given)}: of {whose}.")
+
+
+def _from_prior(
+    model: MultimodalModel, seeds: range, text: str | None, temperature: float | None, guidance: float | None
+) -> Drawn:
+    temperature = TEMPERATURE if temperature is None else temperature
+    guidance = GUIDANCE if guidance is None else guidance
+    common = {"temperature": temperature, "guidance": guidance} | ({} if text is None else {"text": text})
+    for at in range(0, len(seeds), BATCH):
+        part = seeds[at : at + BATCH]
+        if text is None:
+            z = model.sample_prior(part, temperature, guidance)
+        else:
+            z = model.text_latent([text] * len(part), part, temperature, guidance)
+        told = zip(part, model.caption(z), strict=True)
+        yield model.decode(z), [{"caption": words, "seed": s, **common} for s, words in told]
+
+
+def _denoised(
+    model: DiffusionModel,
+    seeds: range,
+    label: str | None,
+    text: str | None,
+    weight: float | None,
+    interval: Sequence[float] | None,
+    rescale: float,
+    sampler: Sampler,
+) -> Drawn:
+    if label is not None and text is not None:
+        raise ValueError("Ask for a class or for a text, not for both.")
+    names = [label] if label is not None else [] if text is not None else list(model.classes)
+    weight = model.usual_guidance(bool(names or text is not None)).weight if weight is None else weight
+    guidance = Guidance(weight, (interval[0], interval[1]) if interval else None, rescale=rescale)
+    common = {"guidance": weight, "sampler": sampler.method, "steps": sampler.steps}
+    for at in range(0, len(seeds), BATCH):
+        part = seeds[at : at + BATCH]
+        texts = [text] * len(part) if text is not None else None
+        classes = [names[(at + k) % len(names)] for k in range(len(part))] if names else None
+        kind, shown = ("label", classes) if classes is not None else ("caption", texts or [""] * len(part))
+        images = model.generate(part, classes, texts, guidance, sampler)
+        yield images, [{kind: what, "seed": s, **common} for s, what in zip(part, shown, strict=True)]
 
 
 def interpolate(run: str | Path, a: str | Path, b: str | Path, out: str | Path, steps: int = 8) -> list[str]:
     """Images and captions on the way from image a to image b; writes the frames and ``sheet.png``."""
     if steps < 2:
         raise ValueError(f"steps is {steps}; use at least 2, the two ends.")
-    model, folder = load_model(run), _new_folder(out)
+    model, folder = _multimodal(run, "interpolate"), _new_folder(out)
     ends = model.encode(np.stack([read_image(a, model.image_size)[0], read_image(b, model.image_size)[0]]))
     z = between(ends[0], ends[1], steps)
     images, captions = model.decode(z), model.caption(z)
@@ -157,13 +253,34 @@ def interpolate(run: str | Path, a: str | Path, b: str | Path, out: str | Path, 
 
 
 def reconstruct(
-    run: str | Path, images: Sequence[str | Path], out: str | Path, skipped: Skipped | None = None
+    run: str | Path,
+    images: Sequence[str | Path],
+    out: str | Path,
+    skipped: Skipped | None = None,
+    t: int | None = None,
+    seed: int = 0,
 ) -> dict[str, float]:
-    """Decodes each image from its latent; writes original | reconstruction and gives {file: PSNR in dB}."""
-    model, folder = load_model(run), _new_folder(out)
+    """Decodes each image from its latent, or, of a diffusion model, noises it to ``t`` and denoises it again.
+
+    Writes original | reconstruction and gives {file: PSNR in dB}.
+    """
+    model = load_model(run)
+    if isinstance(model, DiffusionModel):
+        t = model.schedule.steps // 2 if t is None else t
+        model.schedule.refuse(t)
+    elif t is not None:
+        raise ValueError("--t is a noise level of diffusion models; this one decodes each image from its latent.")
+    folder = _new_folder(out)
     quality: dict[str, float] = {}
     for names, pixels in _batches(images, model.image_size, skipped):
-        for name, before, after in zip(names, pixels, model.decode(model.encode(pixels)), strict=True):
+        if isinstance(model, DiffusionModel):
+            assert t is not None
+            made = model.reconstruct(pixels, t, [seed + len(quality) + k for k in range(len(pixels))])
+        elif isinstance(model, Autoencoder):
+            made = model.decode_images(model.encode(pixels))
+        else:
+            made = model.decode(model.encode(pixels))
+        for name, before, after in zip(names, pixels, made, strict=True):
             error = np.square((before.astype(float) - after) / 255).mean()
             quality[name] = float(-10 * np.log10(max(error, 1e-12)))
             pair = Image.fromarray(np.concatenate([before, after], axis=1))
@@ -187,7 +304,7 @@ def search(
         raise ValueError("Search by one of the two: --text WORDS or --image FILE.")
     if top < 1:
         raise ValueError(f"top is {top}; ask for at least 1 hit.")
-    model = load_model(run)
+    model = _multimodal(run, "search")
     if text is not None:
         query = model.embed_text([text])
     else:
@@ -204,7 +321,7 @@ def encode(
     run: str | Path, images: Sequence[str | Path], out: str | Path, skipped: Skipped | None = None
 ) -> tuple[int, int]:
     """Latents of images into one ``.safetensors`` or ``.parquet``, streamed in constant memory: (N, Z)."""
-    model = load_model(run)
+    model = _multimodal(run, "encode")
     with VectorFile(Path(out), model.config.latent) as file:
         for names, pixels in _batches(images, model.image_size, skipped):
             file.append(names, model.encode(pixels).cpu().numpy())
@@ -216,23 +333,21 @@ def evaluate(run: str | Path) -> tuple[dict[str, Reading], list[str]]:
     from intaglio.training.finish import conclude, measure
 
     folder = run_folder.find(run)
-    model = load_model(folder.path)
     lines: list[str] = []
-    evaluation = measure(model, prepared_of(folder, model), folder)
+    kind, model, prepared = _again(folder)
+    evaluation = measure(kind, model, prepared)
     conclude(folder, evaluation, folder.record["model_step"], lines.append)
     return evaluation.readings, lines
 
 
 def look_again(run: str | Path) -> dict[str, Reading]:
     """Instruments and trials on the saved model of a run and its held-out items; adds the readings to its history."""
-    from intaglio.systems import multimodal
     from intaglio.training.health import Health
 
     folder = run_folder.find(run)
-    model, config = load_model(folder.path), folder.config()
-    assert isinstance(config, MultimodalConfig), "the only system so far"
-    prepared = prepared_of(folder, model)
-    system = multimodal.build(config, prepared, model).to(model.device)
+    kind, model, prepared = _again(folder)
+    config = kind.config
+    system = kind.build(prepared, model).to(model.device)
     items = prepared.some("val", config.health.probe)
     health = Health(config, folder, lambda: next(fixed_batches(prepared.data, items, len(items))), False, print)
     readings = health.look(system, None)
@@ -242,20 +357,39 @@ def look_again(run: str | Path) -> dict[str, Reading]:
     return readings
 
 
-def prepared_of(folder: RunFolder, model: MultimodalModel) -> Prepared:
-    """The data of a run, split and encoded as it was.
+def prove(run: str | Path, out: str | Path | None = None) -> list[Path]:
+    """Remakes all proofs of a finished run from its saved model, by default in their place: the pictures.
+
+    On the same machine they are those of training, byte for byte.
+    """
+    from intaglio.data.cache import cache_folder
+    from intaglio.training.finish import independent_judge, measured_at
+
+    folder = run_folder.find(run)
+    kind, model, prepared = _again(folder)
+    if kind.config.train.device == "cpu":
+        model.to("cpu")
+    step, judge = folder.record["model_step"], independent_judge(prepared, cache_folder(kind.config.data.cache))
+    where = folder.proofs(step) if out is None else Path(out)
+    return kind.prove(model, prepared, where, False, judge, measured_at(folder, step))
+
+
+def _again(folder: RunFolder) -> "tuple[Kind, Any, Any]":
+    """A run's kind, its model, and its data, split and encoded as it was.
 
     Raises:
         ValueError: the data has changed since.
     """
-    config: Config = folder.config()
-    prepared = prepare(config.data, config.seed, 0, model.tokenizer, model.text_length)
+    from intaglio.training.kinds import kind_of
+
+    kind, model = kind_of(folder.config()), load_model(folder.path)
+    prepared = kind.prepare(None, model, None, lambda line: None)
     if prepared.fingerprint != folder.record["fingerprint"]:
         raise ValueError(
-            f"The data of {folder.path} ({config.data.source}) has changed since it was trained, so its held-out items "
-            "are no longer known. Put the data back to measure this run."
+            f"The data of {folder.path} ({kind.config.data.source}) has changed since it was trained, so its held-out "
+            "items are no longer known. Put the data back to measure this run."
         )
-    return prepared
+    return kind, model, prepared
 
 
 def _collection(
@@ -265,7 +399,7 @@ def _collection(
         for names, pixels in _batches([collection], model.image_size, skipped):
             yield [{"file": n} for n in names], model.encode(pixels)
         return
-    prepared = prepared_of(run_folder.find(run), model)
+    prepared = _again(run_folder.find(run))[2]
     items = prepared.splits["val"]
     for start in range(0, len(items), BATCH):
         part = items[start : start + BATCH]
@@ -311,10 +445,15 @@ def _batches(
         yield names, np.stack(pixels)
 
 
-def _new_folder(out: str | Path) -> Path:
+def _free_folder(out: str | Path) -> Path:
     folder = Path(out)
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise ValueError(f"{folder} exists and isn't empty; name another folder with --out.")
+    return folder
+
+
+def _new_folder(out: str | Path) -> Path:
+    folder = _free_folder(out)
     folder.mkdir(parents=True, exist_ok=True)
     return folder
 

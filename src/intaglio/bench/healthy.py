@@ -8,6 +8,7 @@ with its whole interval. Warnings are counted, and not held against a target: fi
 
 import json
 import shutil
+from collections.abc import Sequence
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -52,8 +53,16 @@ def measure() -> tuple[list[Result], dict[str, Any]]:
     for data, (size, optimizer), seed in product(sources, VARIANTS, SEEDS):
         words = [*SMALL, *SIZES[size], *OPTIMIZERS[optimizer], *sources[data], f"--seed={seed}"]
         name = "-".join([data, size, optimizer, str(seed)]).replace(", ", "-").replace(" ", "-")
-        runs.append({"data": data, "size": size, "optimizer": optimizer, "seed": seed} | _one(place, name, words))
+        runs.append(
+            {"data": data, "size": size, "optimizer": optimizer, "seed": seed}
+            | one("multimodal-small", place, name, words, ABLE)
+        )
         print(json.dumps(runs[-1]), flush=True)
+    return counted(runs)
+
+
+def counted(runs: list[dict[str, Any]]) -> tuple[list[Result], dict[str, Any]]:
+    """The results of all runs that ``one`` gave."""
     count = len(runs)
     results = [
         Result("runs whose model does what it was trained for", count, sum(r["able"] for r in runs), n=count),
@@ -62,17 +71,16 @@ def measure() -> tuple[list[Result], dict[str, Any]]:
     return results, {"warned": sum(bool(r["warning"]) for r in runs), "runs": runs}
 
 
-def _one(place: Path, name: str, words: list[str]) -> dict[str, Any]:
+def one(recipe: str, place: Path, name: str, words: list[str], able_by: Sequence[str]) -> dict[str, Any]:
+    """Trains a run, unless it is there, and judges it; it is able where every reading of ``able_by`` beats its null."""
     trained = (place / name / "evaluation.json").is_file()
-    folder = (
-        RunFolder(place / name) if trained else train("multimodal-small", [*words, *_called(place, name)], quiet=True)
-    )
+    folder = RunFolder(place / name) if trained else train(recipe, [*words, *_called(place, name)], quiet=True)
     assert folder is not None
     found = diagnose_run(folder.path)
     readings = json.loads((folder.path / "evaluation.json").read_text(encoding="utf-8"))["readings"]
     accused = {s: sorted({f.rule for f in found.findings if f.severity == s}) for s in ("fail", "warning")}
-    able = all(_lower(readings[name]) > readings[name]["null"] for name in ABLE)
-    measured = {name: round(readings[name]["value"], 4) for name in ABLE}
+    able = all(_lower(readings[name]) > readings[name]["null"] for name in able_by)
+    measured = {name: round(readings[name]["value"], 4) for name in able_by}
     seconds = round(folder.record["train_seconds"], 1)
     return {"verdict": found.verdict, **accused, "able": able, **measured, "train_seconds": seconds}
 

@@ -130,15 +130,23 @@ def _caption(a: Arguments) -> int:
 
 
 def _generate(a: Arguments) -> int:
-    from intaglio.api import generate
+    from intaglio.api import generate, prove
 
-    given = {k: getattr(a, k) for k in ("temperature", "guidance") if getattr(a, k) is not None}
+    if a.all_proofs:
+        pictures = prove(a.run, a.out)
+        if a.json:
+            print_json({"folder": a.out, "pictures": [str(path) for path in pictures]})
+        else:
+            print("\n".join(map(str, pictures)))
+        return 0
+    options = ("temperature", "guidance", "label", "interval", "rescale", "sampler", "steps", "eta")
+    given = {k: getattr(a, k) for k in options if getattr(a, k) is not None}
     rows = generate(a.run, a.out, a.n, a.seed, a.text, **given)
     if a.json:
         print_json({"folder": a.out, "images": rows})
     else:
         for row in rows:
-            print(f"{a.out}/{row['file_name']}\t{row['caption']}")
+            print(f"{a.out}/{row['file_name']}\t{row.get('label', row.get('caption', ''))}")
         if "note" in rows[0]:
             print(f"note: {rows[0]['note']}", file=sys.stderr)
     return 0
@@ -160,7 +168,7 @@ def _reconstruct(a: Arguments) -> int:
     from intaglio.api import Skipped, reconstruct
 
     skipped = Skipped()
-    quality = reconstruct(a.run, a.images, a.out, skipped)
+    quality = reconstruct(a.run, a.images, a.out, skipped, a.t, a.seed)
     if a.json:
         print_json({"folder": a.out, "psnr_db": quality, "skipped": skipped.reasons})
     else:
@@ -272,14 +280,23 @@ def _parser() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentParse
     p.add_argument("--repetition-penalty", type=float, help="1 is off")
     p.add_argument("--seed", type=int, help="of sampling (0)")
 
-    p = verb("generate", "images with captions from seeds, or from a text")
+    p = verb("generate", "new images from seeds: of a class, from a text, or whatever the model draws")
     p.add_argument("run")
     p.add_argument("--out", default="generated", metavar="FOLDER")
     p.add_argument("--n", type=int, default=16, help="how many (16)")
     p.add_argument("--seed", type=int, default=0, help="of the first one (0)")
     p.add_argument("--text", help="what the images shall show")
-    p.add_argument("--temperature", type=float, help="spread of the latents (0.8)")
-    p.add_argument("--guidance", type=float, help="how far they follow their caption (4; 1 as far as learnt)")
+    p.add_argument("--class", dest="label", metavar="CLASS", help="of diffusion: a class (default: each in turn)")
+    p.add_argument(
+        "--cfg", "--guidance", dest="guidance", type=float, help="how far they follow it; 1 as far as learnt"
+    )
+    p.add_argument("--interval", type=float, nargs=2, metavar="LOG_SNR", help="of diffusion: guide between these only")
+    p.add_argument("--rescale", type=float, help="of diffusion: draws guided contrast back, 0 to 1")
+    p.add_argument("--sampler", choices=("ddim", "ddpm", "heun", "dpm-solver++"), help="of diffusion (dpm-solver++)")
+    p.add_argument("--steps", type=int, help="of diffusion: times that the network is asked (20)")
+    p.add_argument("--eta", type=float, help="of ddim and ddpm: share of fresh noise, 0 to 1")
+    p.add_argument("--temperature", type=float, help="of multimodal: spread of the latents (0.8)")
+    p.add_argument("--all-proofs", action="store_true", help="instead: make every proof of the run anew, into --out")
 
     p = verb("interpolate", "images and captions on the way between two images")
     p.add_argument("run")
@@ -288,9 +305,11 @@ def _parser() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentParse
     p.add_argument("--steps", type=int, default=8)
     p.add_argument("--out", default="interpolated", metavar="FOLDER")
 
-    p = verb("reconstruct", "images decoded from their own latents, with PSNR")
+    p = verb("reconstruct", "images decoded from their own latents, or noised and denoised again, with PSNR")
     p.add_argument("run")
     p.add_argument("images", nargs="+")
+    p.add_argument("--t", type=int, help="of diffusion: noise level to start from, below noise.steps (half of it)")
+    p.add_argument("--seed", type=int, default=0, help="of diffusion: of the first image's noise (0)")
     p.add_argument("--out", default="reconstructed", metavar="FOLDER")
 
     p = verb("search", "the images that fit a text or an image best")
@@ -306,8 +325,12 @@ def _parser() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentParse
     p.add_argument("--out", default="latents.safetensors", help=".safetensors or .parquet")
 
     p = verb("bench", "our own evidence: speed, targets of a system, false alarms, verdicts on labelled histories")
-    p.add_argument("what", choices=("speed", "multimodal", "healthy", "histories", "comparisons"))
-    p.add_argument("--data", metavar="FOLDER", help="of bench histories: a folder with labels.json")
+    p.add_argument(
+        "what", choices=("speed", "multimodal", "diffusion", "healthy", "healthy-diffusion", "histories", "comparisons")
+    )
+    p.add_argument(
+        "--data", metavar="FOLDER", help="of histories: a folder with labels.json; of diffusion: one of labelled photos"
+    )
     p.add_argument("--out", default="benchmarks", metavar="FOLDER")
     return parser, verbs.choices
 

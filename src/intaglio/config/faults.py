@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 
 from intaglio.config.plan import parse
-from intaglio.config.settings import Config, MultimodalConfig
+from intaglio.config.settings import AutoencoderConfig, Config, DiffusionConfig, MultimodalConfig
 
 
 def check_values(config: Config) -> None:
@@ -40,8 +40,6 @@ def _faults(config: Config) -> Iterator[str]:
         yield f"data.image_size is {d.image_size}; use a multiple of 16."
     if not 0 < d.held_out < 1:
         yield f"data.held_out is {d.held_out}; use a share between 0 and 1, such as 0.1."
-    if d.text_length < 3:
-        yield f"data.text_length is {d.text_length}; use at least 3: START, a token, END."
     if d.source != "engravings" and d.items is not None:
         yield "data.items counts built-in scenes; a folder has its own. Leave it out, or set it to null."
     if d.items is not None and d.items < 2:
@@ -68,10 +66,16 @@ def _faults(config: Config) -> Iterator[str]:
         yield "plan is checked by health, which is off: set health.on to true, or plan to []."
     if isinstance(config, MultimodalConfig):
         yield from _multimodal_faults(config)
+    if isinstance(config, AutoencoderConfig):
+        yield from _autoencoder_faults(config)
+    if isinstance(config, DiffusionConfig):
+        yield from _diffusion_faults(config)
 
 
 def _multimodal_faults(config: MultimodalConfig) -> Iterator[str]:
     m, size, halvings = config.model, config.data.image_size, len(config.model.channels)
+    if config.data.text_length < 3:
+        yield f"data.text_length is {config.data.text_length}; use at least 3: START, a token, END."
     if m.width % m.heads:
         yield f"model.width {m.width} must be divisible by model.heads {m.heads}."
     if halvings < 3 or min(m.channels) < 1:
@@ -98,4 +102,56 @@ def _multimodal_faults(config: MultimodalConfig) -> Iterator[str]:
         yield (
             f"model.latent is {m.latent}; it must be a multiple of the latent's cells, {cells} at data.image_size "
             f"{size} with {halvings} model.channels."
+        )
+
+
+def _autoencoder_faults(config: AutoencoderConfig) -> Iterator[str]:
+    m, size, factor = config.model, config.data.image_size, 2 ** len(config.model.channels)
+    if len(m.channels) < 2 or min(m.channels) < 1:
+        yield f"model.channels is {list(m.channels)}; the image is halved at least twice, each with its channels."
+    if size % factor:
+        fitting = max(1, round(size / factor)) * factor
+        yield f"data.image_size {size} is not divisible by {factor}, the factor of model.channels: use {fitting}."
+    if m.latent < 1:
+        yield f"model.latent is {m.latent}; use at least 1 channel, such as 4."
+    for name in ("reconstruction", "kl"):
+        if getattr(config.loss, name) < 0:
+            yield f"loss.{name} is {getattr(config.loss, name)}; it must not be negative."
+
+
+def _diffusion_faults(config: DiffusionConfig) -> Iterator[str]:
+    m, c, n, s = config.model, config.condition, config.noise, config.sampling
+    if not m.widths or min(m.widths) < 1 or m.blocks < 1 or m.patch < 1:
+        yield "model.widths, model.blocks and model.patch must be at least 1, and there must be a width."
+    if any(not 0 <= level < len(m.widths) for level in m.attention):
+        yield f"model.attention is {list(m.attention)}; the levels of model.widths are 0 to {len(m.widths) - 1}."
+    if not 0 <= m.dropout < 1:
+        yield f"model.dropout is {m.dropout}; use a share in [0, 1), such as 0.1."
+    if m.network == "documented" and c.by == "none":
+        yield "condition.by is none, but the documented network must be told something: set condition.by to class."
+    if m.patch > 1 and config.data.image_size % m.patch:
+        yield f"data.image_size {config.data.image_size} is not divisible by model.patch {m.patch}."
+    if c.by == "text" and not c.encoder:
+        yield (
+            "condition.by is text, which needs a text encoder: set condition.encoder to the run of a multimodal model "
+            "(intaglio train multimodal-small) or to the folder of a CLIP."
+        )
+    if c.by != "text" and c.encoder:
+        yield f"condition.encoder has no effect with condition.by {c.by}: set condition.by to text, or leave it out."
+    if not 0 <= c.drop <= 1:
+        yield f"condition.drop is {c.drop}; use a share in [0, 1], such as 0.15."
+    if n.steps < 2:
+        yield f"noise.steps is {n.steps}; use at least 2, such as 500."
+    if n.kind == "straight" and n.zero_terminal_snr:
+        yield "noise.zero_terminal_snr has no effect on straight, which ends at SNR 0: leave it out."
+    if config.loss.prediction == "epsilon" and (n.zero_terminal_snr or n.kind == "straight"):
+        yield "loss.prediction epsilon says nothing of the image where no signal is left: use v, x0 or flow."
+    if config.loss.gamma <= 0:
+        yield f"loss.gamma is {config.loss.gamma}; use more than 0, such as 5."
+    if s.guidance < 0 or s.each < 1 or not 1 <= s.steps <= n.steps:
+        yield f"sampling needs guidance >= 0, each >= 1 and steps from 1 to {n.steps} (noise.steps)."
+    if s.guidance != 1 and c.by != "none" and c.drop == 0:
+        yield (
+            f"sampling.guidance {s.guidance:g} asks a network without its condition that never was trained so: set "
+            "condition.drop to 0.15, or sampling.guidance to 1."
         )

@@ -41,6 +41,8 @@ class ImageFolder(Corpus):
         columns: role → column name, where the usual names don't fit: ``{"caption": "title"}``.
         caption_template: caption of an image that has only a label.
         bad_limit: share of unreadable and captionless items above which the folder is refused.
+        captioned: whether items need a caption; without, those that have none are kept with the empty one, and a
+            folder of nothing but images will do.
         cache: where the decoded pixels are kept between runs (may be deleted at any time); None: in memory only.
         workers: threads that decode.
         progress: called with (done, all) after each image; from the start again where ``size`` is not 64.
@@ -58,6 +60,7 @@ class ImageFolder(Corpus):
         columns: Mapping[str, str] | None = None,
         caption_template: str = "a picture of {label}",
         bad_limit: float = 0.05,
+        captioned: bool = True,
         cache: str | Path | None = None,
         workers: int = 2,
         progress: Progress | None = None,
@@ -71,8 +74,8 @@ class ImageFolder(Corpus):
         files, links = _scan(self.root)
         path = find_table(self.root, metadata)
         if path is None:
-            rows: Iterable[Row] = _class_rows(self.root, files, links, self.intake)
-            self._form = "class subfolders"
+            rows: Iterable[Row] = _class_rows(self.root, files, links, self.intake, captioned)
+            self._form = "class subfolders" if any(row.label for row in rows) else "images without classes"
         else:
             table = read_table(path, columns)
             rows = table.rows
@@ -81,7 +84,7 @@ class ImageFolder(Corpus):
         found = _merge(self.root, path, rows, files, self.intake)
         if path is not None:
             _note_unnamed(path, found, files, self.intake)
-        found = _captioned(found, caption_template, self.intake)
+        found = _captioned(found, caption_template, self.intake, captioned)
         self._require_two(len(found))
 
         stats = {item.file: files[item.file] for item in found}
@@ -213,8 +216,8 @@ def _scan(root: Path) -> tuple[Stats, list[str]]:
     return files, links
 
 
-def _class_rows(root: Path, files: Stats, links: list[str], intake: Intake) -> list[Row]:
-    """Rows for CLASS/… or SPLIT/CLASS/…; refuses a folder that is neither."""
+def _class_rows(root: Path, files: Stats, links: list[str], intake: Intake, captioned: bool) -> list[Row]:
+    """Rows for CLASS/… or SPLIT/CLASS/…; what is neither is refused, or read without classes where none are needed."""
     for link in links:
         intake.note("leads outside the folder", f"{link} is a link that is not followed; copy the images into {root}")
     images = [file for file in files if PurePosixPath(file).suffix.lower() in pixels.SUFFIXES]
@@ -233,6 +236,11 @@ def _class_rows(root: Path, files: Stats, links: list[str], intake: Intake) -> l
         else:
             rows.append(Row(file, file, label=clean(folders[0]), split=split))
     if {row.label.lower() for row in rows if row.label} <= _NOT_CLASSES:
+        if not captioned and images:
+            for reason in ("outside the splits", "outside the classes"):
+                intake.counts.pop(reason, None)
+                intake.examples.pop(reason, None)
+            return [Row(file, file) for file in images]
         endings = Counter(PurePosixPath(file).suffix.lower() or "no ending" for file in files)
         held = [f"{n} {ending}" for ending, n in endings.most_common(6)]
         held += [f"{len(links)} links that are not followed"] * bool(links)
@@ -302,13 +310,15 @@ def _locate(
     return file, ""
 
 
-def _captioned(items: list[_Item], template: str, intake: Intake) -> list[_Item]:
-    """Those with a caption, after labels have made theirs."""
+def _captioned(items: list[_Item], template: str, intake: Intake, needed: bool) -> list[_Item]:
+    """Those with a caption, after labels have made theirs; the others get the empty one where none is needed."""
     kept = []
     for item in items:
         if not item.captions and item.label is not None:
             item.captions = [template.replace("{label}", item.label.replace("_", " "))]
             intake.note("caption from the label", f"{item.file}: {item.captions[0]}")
+        if not item.captions and not needed:
+            item.captions = [""]
         if item.captions:
             kept.append(item)
         else:

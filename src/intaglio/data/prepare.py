@@ -2,15 +2,15 @@
 dropped, cut or converted on the way."""
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
-from intaglio.config import DataConfig
+from intaglio.config import CaptionDataConfig, DataConfig, PictureDataConfig
 from intaglio.data import cifar, order, stl10
-from intaglio.data.batches import CaptionedImages
+from intaglio.data.batches import CaptionedImages, Data, Pictures
 from intaglio.data.cache import cache_folder, image_table
 from intaglio.data.corpus import Corpus, Progress
 from intaglio.data.engravings import Engravings
@@ -20,19 +20,20 @@ from intaglio.data.tokenizer import CaptionTokenizer
 
 BUILT_IN_ITEMS = 20_000
 
+Prompts = Callable[[Sequence[str]], np.ndarray]
+"""Texts → what a text condition is looked up or encoded from, int64 (N, T)."""
+
 
 @dataclass(frozen=True)
 class Prepared:
     """Everything that training and evaluation need of the data.
 
-    ``splits`` maps ``train`` and ``val`` to item numbers; ``fingerprint`` covers content, split and tokenizer.
+    ``splits`` maps ``train`` and ``val`` to item numbers; ``fingerprint`` covers content, split and encoding.
     """
 
     corpus: Corpus
-    data: CaptionedImages
+    data: Data
     splits: dict[str, np.ndarray]
-    tokenizer: CaptionTokenizer
-    text_length: int
     fingerprint: str
     record: dict[str, Any]
 
@@ -41,18 +42,29 @@ class Prepared:
         items = self.splits[side]
         return items[np.sort(order.permutation(len(items), 0, 0)[:count])]
 
-    def ids_of(self, items: np.ndarray) -> np.ndarray:
-        """All captions of the given items as ids, (M, L)."""
-        rows = [np.arange(self.data.first[i], self.data.first[i + 1]) for i in items]
-        return self.data.ids[np.concatenate(rows)]
-
     def labels_of(self, items: np.ndarray) -> list[str | None]:
         """The class of each item."""
         return [self.corpus.label(int(i)) for i in items]
 
 
-def open_corpus(config: DataConfig, seed: int, progress: Progress | None = None) -> Corpus:
+@dataclass(frozen=True)
+class Captioned(Prepared):
+    """Images with encoded captions."""
+
+    data: CaptionedImages
+    tokenizer: CaptionTokenizer
+    text_length: int
+
+    def ids_of(self, items: np.ndarray) -> np.ndarray:
+        """All captions of the given items as ids, (M, L)."""
+        rows = [np.arange(self.data.first[i], self.data.first[i + 1]) for i in items]
+        return self.data.ids[np.concatenate(rows)]
+
+
+def open_corpus(config: DataConfig, seed: int, progress: Progress | None = None, captioned: bool = True) -> Corpus:
     """The corpus that the configuration names; ``progress`` is called with (done, all) while images are decoded.
+
+    Without ``captioned``, images that have no caption are kept.
 
     Raises:
         ValueError: the source is neither ``engravings`` nor a usable folder of images or of a published data set.
@@ -70,22 +82,22 @@ def open_corpus(config: DataConfig, seed: int, progress: Progress | None = None)
         columns=config.columns,
         caption_template=config.caption_template,
         bad_limit=config.bad_limit,
+        captioned=captioned,
         cache=cache_folder(config.cache),
         progress=progress,
     )
 
 
 def prepare(
-    config: DataConfig,
+    config: CaptionDataConfig,
     seed: int,
     vocabulary: int,
     tokenizer: CaptionTokenizer | None = None,
     text_length: int = 0,
     progress: Progress | None = None,
-) -> Prepared:
+) -> Captioned:
     """Reads, splits and encodes. A run that goes on gives its own ``tokenizer`` and ``text_length``."""
-    corpus = open_corpus(config, seed, progress)
-    sides, leaks = split(corpus, {"train": 1 - config.held_out, "val": config.held_out}, seed)
+    corpus, sides, record = _read(config, seed, progress)
     captions = [corpus.captions(i) for i in range(len(corpus))]
     learnt_here = tokenizer is None
     if tokenizer is None:
@@ -96,22 +108,52 @@ def prepare(
     encoded = longest if text_length >= longest.ids.shape[1] else tokenizer.encode(flat, text_length)
     first = np.concatenate([[0], np.cumsum([len(several) for several in captions])])
     data = CaptionedImages(_pixels(corpus, config, progress), encoded.ids, first)
-    record = {
-        "source": config.source,
-        "items": {side: len(items) for side, items in sides.items()},
+    record |= {
         "captions": len(flat),
         "vocabulary": len(tokenizer),
-        "intake": corpus.intake.as_dict(),
         "captions cut": encoded.truncated,
+        "text length": text_length,
         "unknown tokens": encoded.unknown,
-        "near-duplicate groups kept on one side": leaks,
-        "training items declared as test": sum(corpus.declared_split(int(i)) == "test" for i in sides["train"]),
         "held-out images seen in training": _seen(data.images, sides["train"], sides["val"]),
     }
     if learnt_here:
         known, met = (_pieces(data, tokenizer, sides[side]) for side in ("train", "val"))
         record["tokens known from held-out captions alone"] = len(met - known)
-    return Prepared(corpus, data, sides, tokenizer, text_length, _fingerprint(corpus, sides, tokenizer), record)
+    fingerprint = _fingerprint(corpus, sides, tokenizer.to_json())
+    return Captioned(corpus, data, sides, fingerprint, record, tokenizer, text_length)
+
+
+def prepare_pictures(
+    config: PictureDataConfig, seed: int, progress: Progress | None = None, prompts: Prompts | None = None
+) -> Prepared:
+    """Reads and splits; captions are encoded by ``prompts`` where there are some."""
+    corpus, sides, record = _read(config, seed, progress, captioned=prompts is not None)
+    names = {name: k for k, name in enumerate(corpus.labels())}
+    labels = np.array([names.get(corpus.label(i) or "", -1) for i in range(len(corpus))])
+    first, rows = np.arange(len(corpus) + 1), np.zeros((len(corpus), 0), np.int64)
+    if prompts is not None:
+        captions = [corpus.captions(i) for i in range(len(corpus))]
+        first = np.concatenate([[0], np.cumsum([len(several) for several in captions])])
+        rows = prompts([c for several in captions for c in several])
+    images = _pixels(corpus, config, progress)
+    data = Pictures(images, labels, rows, first, config.flips)
+    record |= {"classes": len(names), "held-out images seen in training": _seen(images, sides["train"], sides["val"])}
+    return Prepared(corpus, data, sides, _fingerprint(corpus, sides, "pictures"), record)
+
+
+def _read(
+    config: DataConfig, seed: int, progress: Progress | None, captioned: bool = True
+) -> tuple[Corpus, dict[str, np.ndarray], dict[str, Any]]:
+    corpus = open_corpus(config, seed, progress, captioned)
+    sides, leaks = split(corpus, {"train": 1 - config.held_out, "val": config.held_out}, seed)
+    record = {
+        "source": config.source,
+        "items": {side: len(items) for side, items in sides.items()},
+        "intake": corpus.intake.as_dict(),
+        "near-duplicate groups kept on one side": leaks,
+        "training items declared as test": sum(corpus.declared_split(int(i)) == "test" for i in sides["train"]),
+    }
+    return corpus, sides, record
 
 
 def _pixels(corpus: Corpus, config: DataConfig, progress: Progress | None) -> np.ndarray:
@@ -137,16 +179,16 @@ def notices(prepared: Prepared) -> Sequence[str]:
     record, said = prepared.record, []
     for reason, count in record["intake"]["counts"].items():
         said.append(f"{count} × {reason} (e.g. {record['intake']['examples'][reason][0]})")
-    if record["captions cut"]:
-        said.append(f"{record['captions cut']} of {record['captions']} captions cut to {prepared.text_length} tokens")
-    if record["unknown tokens"]:
+    if record.get("captions cut"):
+        said.append(f"{record['captions cut']} of {record['captions']} captions cut to {record['text length']} tokens")
+    if record.get("unknown tokens"):
         said.append(f"{record['unknown tokens']} tokens of captions are unknown to the tokenizer")
-    return said
+    return [*said, *record.get("warnings", ())]
 
 
-def _fingerprint(corpus: Corpus, sides: dict[str, np.ndarray], tokenizer: CaptionTokenizer) -> str:
+def _fingerprint(corpus: Corpus, sides: dict[str, np.ndarray], encoding: str) -> str:
     digest = hashlib.sha256(corpus.fingerprint().encode())
     for side in sorted(sides):
         digest.update(side.encode() + np.ascontiguousarray(sides[side], dtype=np.int64).tobytes())
-    digest.update(tokenizer.to_json().encode())
+    digest.update(encoding.encode())
     return digest.hexdigest()

@@ -8,32 +8,21 @@ import math
 import os
 from collections import Counter
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from typing import Any, NamedTuple
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
-from intaglio.config import Config, MultimodalConfig, to_dict
-from intaglio.data import order
-from intaglio.data.batches import Batch
-from intaglio.data.prepare import BUILT_IN_ITEMS, open_corpus
-from intaglio.data.splits import split
-from intaglio.data.tokenizer import CaptionTokenizer
-from intaglio.health.finding import Finding, Remedy, remedies
+from intaglio.config import Config
+from intaglio.health.checks import Subject, subject_of
+from intaglio.health.finding import Finding, Remedy
 from intaglio.health.rules import static
-from intaglio.health.rules.static import DataFacts, Facts
-from intaglio.models.cost import StepCost, machine_speed, parameter_counts, step_cost, tensor_bytes
-from intaglio.models.multimodal import MultimodalModel
-from intaglio.nn.transformer import Attention
-from intaglio.systems.multimodal import MultimodalSystem
+from intaglio.health.rules.static import ATTENTION, DataFacts, Facts
+from intaglio.models.cost import StepCost, machine_speed, step_cost, tensor_bytes
+from intaglio.nn.documented_unet import UnnormedAttention
+from intaglio.systems.base import System
 from intaglio.systems.optimizers import parameter_groups
-
-SAMPLE = 2_000
-"""Built-in scenes whose captions are read; all of a folder are."""
-
-SAMPLE_IMAGES = 64
 
 
 @dataclass(frozen=True)
@@ -88,23 +77,24 @@ class CheckReport:
 
 
 def check(config: Config) -> CheckReport:
-    """Counts, measures and judges a configuration; reads the captions, and of this machine only its speed.
+    """Counts, measures and judges a configuration; reads labels and captions, and of this machine only its speed.
 
     An image folder is decoded once into the cache that training uses as well. Unusable data is a finding, not an error.
     """
-    assert isinstance(config, MultimodalConfig), "the only system so far"
-    train, not_checked = config.train, ["whether it learns: that takes a run, and `intaglio evaluate` measures it"]
-    data, unusable = _read_data(config)
+    subject, train = subject_of(config), config.train
+    unusable = subject.look()
+    data, steps = subject.data, train.steps or (_steps(config, subject.data) if subject.data else None)
+    not_checked = ["whether it learns: that takes a run, and `intaglio evaluate` measures it"]
     if data is None:
-        not_checked.append("what depends on the data: real vocabulary, caption lengths, pixels, steps of an epoch")
-    steps = train.steps or (_steps(config, data) if data else None)
+        not_checked.append(f"what depends on the data: {subject.of_the_data}, steps of an epoch")
     if steps is None:
         not_checked.append("the schedule against the length of the run, which is given in epochs of unknown data")
 
-    system = _system(config, config.data.text_length, config.model.vocabulary)
-    parameters = _count(system)
+    system = subject.system()
+    network = system.get_submodule("model.network")
+    parameters, readings = _count(subject, system), subject.readings(system)
     precisions = {"fp32": [False], "bf16": [True], "auto": [False, True]}[train.precision]
-    seen = [_trace(system, config.data.text_length, bf16) for bf16 in precisions]
+    seen = [_trace(subject, system, bf16) for bf16 in precisions]
     memory = _memory(config, system, max(trace.cost.saved_bytes for trace in seen))
     not_checked.append("memory beyond the tensors: temporaries, convolution workspaces, the allocator's reserve")
     if train.precision == "auto":
@@ -113,7 +103,7 @@ def check(config: Config) -> CheckReport:
     device = "cuda" if train.device != "cpu" and torch.cuda.is_available() else "cpu"
     facts = Facts(
         config,
-        system.model.network,
+        network,
         parameters=parameters.total,
         state_bytes=memory.weights_bytes + memory.gradients_bytes + memory.optimizer_bytes,
         total_bytes=memory.total_bytes,
@@ -121,12 +111,14 @@ def check(config: Config) -> CheckReport:
         measured=seen[0].measured,
         unreached=_by_module(system, seen[0].cost.unreached),
         keys=seen[0].keys,
+        readings=readings,
         steps=steps,
         data=data,
         machine_bytes=_machine_bytes(device),
     )
-    time = _time(config, device, data, steps, parameters.trainable)
-    return CheckReport(config.name, parameters, memory, time, (*unusable, *static.judge(facts)), tuple(not_checked))
+    time = _time(subject, device, steps, parameters.trainable)
+    findings = (*unusable, *static.judge(facts))
+    return CheckReport(config.name, parameters, memory, time, findings, (*not_checked, *subject.unsure))
 
 
 def report_lines(report: CheckReport) -> list[str]:
@@ -160,24 +152,13 @@ class _Trace(NamedTuple):
     keys: dict[str, int]
 
 
-def _system(config: MultimodalConfig, text_length: int, vocabulary: int) -> MultimodalSystem:
-    plain = to_dict(config)
-    with torch.device("meta"):
-        model = MultimodalModel(plain["model"], plain["prior"], config.data.image_size, text_length, vocabulary)
-        return MultimodalSystem(config, config.train.steps or 1, model, {})
-
-
-def _count(system: MultimodalSystem) -> Parameters:
-    modules = parameter_counts(system.model.network)
-    if prior := sum(p.numel() for p in system.model.prior.parameters()):
-        modules["prior"] = prior
-    if pairing := sum(p.numel() for p in system.pairing.parameters()):
-        modules["pairing"] = pairing
+def _count(subject: Subject, system: System) -> Parameters:
     tensors = list(system.parameters())
-    return Parameters(sum(p.numel() for p in tensors), sum(p.numel() for p in tensors if p.requires_grad), modules)
+    trained = sum(p.numel() for p in tensors if p.requires_grad)
+    return Parameters(sum(p.numel() for p in tensors), trained, subject.modules(system))
 
 
-def _by_module(system: MultimodalSystem, names: tuple[str, ...]) -> dict[str, int]:
+def _by_module(system: System, names: tuple[str, ...]) -> dict[str, int]:
     """Parameters of the named tensors, summed over each module."""
     counts: Counter[str] = Counter()
     for name in names:
@@ -185,20 +166,14 @@ def _by_module(system: MultimodalSystem, names: tuple[str, ...]) -> dict[str, in
     return dict(counts)
 
 
-def _loss(system: MultimodalSystem, text_length: int) -> tuple[Tensor, set[str]]:
+def _loss(subject: Subject, system: System) -> tuple[Tensor, set[str]]:
     """The weighted loss of one process on blank items, and the names of its terms."""
-    terms = system.loss_terms(_blank(system, text_length))
+    terms = system.loss_terms(subject.batch(system))
     # A term of weight 0 keeps its activations, but gives no gradient.
     return system.weigh({name: term for name, term in terms.items() if term.weight} or terms), set(terms)
 
 
-def _blank(system: MultimodalSystem, text_length: int) -> Batch:
-    train, size = system.config.train, system.model.image_size
-    n = train.batch_size // train.devices
-    return Batch(torch.zeros(n, 3, size, size, dtype=torch.uint8), torch.ones(n, text_length, dtype=torch.long))
-
-
-def _trace(system: MultimodalSystem, text_length: int, bf16: bool) -> _Trace:
+def _trace(subject: Subject, system: System, bf16: bool) -> _Trace:
     """One pass over fake tensors, and what it showed."""
     terms: set[str] = set()
     measured = {"val/loss/total"}
@@ -206,25 +181,33 @@ def _trace(system: MultimodalSystem, text_length: int, bf16: bool) -> _Trace:
 
     def loss() -> Tensor:
         with torch.no_grad():
-            measured.update(f"val/{name}" for name in system.measure(_blank(system, text_length)))
-        value, names = _loss(system, text_length)
+            measured.update(f"val/{name}" for name in subject.measured(system))
+        value, names = _loss(subject, system)
         terms.update(names)
         return value
 
-    def watch(name: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
-        return lambda module, given: keys.update({name: given[1].shape[-2]})
+    def watch(name: str, which: int) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
+        return lambda module, given: keys.update({name: given[which].shape[-2]})
 
-    attentions = [
-        (n, m) for n, m in system.model.network.named_modules() if isinstance(m, nn.MultiheadAttention | Attention)
-    ]
-    hooks = [module.register_forward_pre_hook(watch(name)) for name, module in attentions]
+    network = system.get_submodule("model.network")
+    attentions = [(n, m) for n, m in network.named_modules() if isinstance(m, ATTENTION)]
+    hooks = [reader.register_forward_pre_hook(watch(n, which)) for n, m in attentions for reader, which in [_reader(m)]]
     cost = step_cost(system, loss, bf16)
     for hook in hooks:
         hook.remove()
     return _Trace(cost, terms, measured, keys)
 
 
-def _memory(config: MultimodalConfig, system: MultimodalSystem, activations: int) -> Memory:
+def _reader(attention: nn.Module) -> tuple[nn.Module, int]:
+    """The module that is given what the keys are made of, and as which argument."""
+    if isinstance(attention, nn.MultiheadAttention):
+        return attention, 1
+    part = attention.key if isinstance(attention, UnnormedAttention) else attention.key_value
+    assert isinstance(part, nn.Module)
+    return part, 0
+
+
+def _memory(config: Config, system: System, activations: int) -> Memory:
     weights = tensor_bytes(system)
     gradients = sum(p.nbytes for p in system.parameters() if p.requires_grad)
     average = sum(p.nbytes for p in system.parameters() if p.requires_grad) if config.train.ema else 0
@@ -238,13 +221,12 @@ def _memory(config: MultimodalConfig, system: MultimodalSystem, activations: int
     return Memory(*parts, sum(parts))
 
 
-def _time(config: MultimodalConfig, device: str, data: DataFacts | None, steps: int | None, weights: int) -> Time:
+def _time(subject: Subject, device: str, steps: int | None, weights: int) -> Time:
+    config = subject.config
     if config.train.device == "cuda" and device == "cpu":
         return Time(None, None, "the recipe asks for a GPU, and this machine has none")
-    length = data.longest if data else config.data.text_length
-    system = _system(config, length, data.vocabulary if data else config.model.vocabulary)
-    bf16 = config.train.precision == "bf16"
-    flops = step_cost(system, lambda: _loss(system, length)[0], bf16).flops
+    system, bf16 = subject.trained(), config.train.precision == "bf16"
+    flops = step_cost(system, lambda: _loss(subject, system)[0], bf16).flops
     speed = machine_speed(device, bf16)
     sharing = config.train.devices if device == "cpu" else 1  # processes on one CPU share its cores
     one = speed.seconds(flops, config.train.accumulate * sharing, weights * sharing)
@@ -256,41 +238,7 @@ def _time(config: MultimodalConfig, device: str, data: DataFacts | None, steps: 
     return Time(one, one * steps if steps else None, how)
 
 
-def _read_data(config: MultimodalConfig) -> tuple[DataFacts | None, list[Finding]]:
-    """Facts of the data, or a finding that says why there are none."""
-    data, scale = config.data, 1.0
-    if data.source == "engravings":
-        items = data.items or BUILT_IN_ITEMS
-        data = replace(data, items=min(items, SAMPLE))
-        scale = items / min(items, SAMPLE)
-    try:
-        corpus = open_corpus(data, config.seed)
-        sides, _ = split(corpus, {"train": 1 - data.held_out, "val": data.held_out}, config.seed)
-    except ValueError as error:
-        return None, [
-            Finding("data-unusable", "fail", str(error), {}, remedies("name the folder: --data.source FOLDER"))
-        ]
-    captions = [corpus.captions(i) for i in range(len(corpus))]
-    tokenizer = CaptionTokenizer.train((c for i in sides["train"] for c in captions[i]), config.model.vocabulary)
-    flat = [c for several in captions for c in several]
-    encoded = tokenizer.encode(flat, data.text_length)
-    size = 64 if data.source == "engravings" else data.image_size  # how far pixels reach does not hang on the size
-    looked_at = order.permutation(len(corpus), 0, 0)[:SAMPLE_IMAGES]
-    extremes = np.array([(image.min(), image.max()) for image in (corpus.image(int(i), size) for i in looked_at)])
-    return DataFacts(
-        round(scale * len(sides["train"])),
-        round(scale * len(sides["val"])),
-        len(tokenizer),
-        encoded.ids.shape[1],
-        len(flat),
-        encoded.truncated,
-        int(extremes[:, 0].min()),
-        int(extremes[:, 1].max()),
-        len(corpus),
-    ), []
-
-
-def _steps(config: MultimodalConfig, data: DataFacts) -> int:
+def _steps(config: Config, data: DataFacts) -> int:
     per_step = config.train.batch_size * config.train.accumulate
     return math.ceil((config.train.epochs or 0) * data.train / per_step)
 

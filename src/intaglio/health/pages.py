@@ -21,6 +21,7 @@ FAMILIES = {
     "codebook": "Codebook",
     "contrastive": "Contrastive and predictive losses",
     "adversarial": "Two networks against each other",
+    "diffusion": "Diffusion",
     "text": "Text decoders",
     "static": "Before training alone, by `intaglio check`",
 }

@@ -1,7 +1,9 @@
 """One measured number with what it would be if nothing had been learned."""
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import NamedTuple, Self
 
 import numpy as np
 
@@ -56,3 +58,16 @@ def ratio(numerators: np.ndarray, denominators: np.ndarray, null: float | None =
     low, high = np.quantile(numerators[draws].sum(1) / np.where(below == 0, 1, below), [0.025, 0.975])
     value = float(numerators.sum() / denominators.sum())
     return Reading(value, null, n, float(low), float(high)) if n > 1 else Reading(value, null, n)
+
+
+class Evaluation(NamedTuple):
+    """Readings named ``<split>/<site>/<quantity>``, and why others are missing: {quantity: reason}."""
+
+    readings: dict[str, Reading]
+    not_measured: dict[str, str]
+
+    @classmethod
+    def of(cls, found: Mapping[str, Measured]) -> Self:
+        """Readings and gaps of what was found, apart."""
+        readings = {name: m for name, m in found.items() if isinstance(m, Reading)}
+        return cls(readings, {name: m.reason for name, m in found.items() if isinstance(m, NotMeasured)})

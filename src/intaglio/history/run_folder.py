@@ -35,6 +35,19 @@ class RunFolder:
     def model(self) -> Path:
         return self.path / "model"
 
+    def whole_model(self) -> Path:
+        """``model/`` of a run that has finished.
+
+        Raises:
+            ValueError: it has not.
+        """
+        if not (self.model / "config.json").is_file():
+            raise ValueError(
+                f"{self.path} has no model yet (status: {self.record['status']}); it is written when training ends. "
+                f"Finish it with: intaglio train --resume {self.path}"
+            )
+        return self.model
+
     @property
     def metrics(self) -> Path:
         return self.path / "metrics.jsonl"

@@ -64,7 +64,7 @@ class Autoencoder(nn.Module, PyTorchModelHubMixin, library_name="intaglio", lice
                 "entries (two give factor 4, three 8)."
             )
         self.image_size = image_size
-        self._layout = json.dumps([image_size, channels, latent, pretrained], sort_keys=True)
+        self.arguments = {"image_size": image_size, "channels": [*channels], "latent": latent, "pretrained": pretrained}
         self.network: CompactNetwork | KLNetwork = (
             KLNetwork(**pretrained) if pretrained else CompactNetwork(image_size, channels, latent)
         )
@@ -171,7 +171,8 @@ class Autoencoder(nn.Module, PyTorchModelHubMixin, library_name="intaglio", lice
 
     def fingerprint(self) -> str:
         """Hex digest of layout, weights and statistics: whatever changes a latent changes it."""
-        digest = hashlib.blake2b(self._layout.encode(), digest_size=16)
+        layout = json.dumps(self.arguments, sort_keys=True)
+        digest = hashlib.blake2b(layout.encode(), digest_size=16)
         for name, value in sorted(self.state_dict().items()):
             value = value.detach().cpu().contiguous()
             digest.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())

@@ -81,9 +81,9 @@ def step_cost(module: nn.Module, loss: Callable[[], Tensor], bf16: bool = False)
     """Runs ``loss`` forward and backward on a module that was built on the meta device; nothing is allocated.
 
     The module's tensors become fake CPU tensors, so that kernels and autocast are chosen as on a CPU; ``loss`` makes
-    its inputs itself.
+    its inputs itself, and may read real tensors.
     """
-    with FakeTensorMode(), FlopCounterMode(display=False) as counter:
+    with FakeTensorMode(allow_non_fake_inputs=True), FlopCounterMode(display=False) as counter:
         _become_fake(module)
         trainable = {name: p for name, p in module.named_parameters() if p.requires_grad}
         with torch.autocast("cpu", torch.bfloat16, enabled=bf16):

@@ -16,7 +16,6 @@ from torch import Tensor, nn
 
 from intaglio.config import MultimodalModelConfig, PriorConfig
 from intaglio.data.tokenizer import END, PAD, START, CaptionTokenizer
-from intaglio.history.run_folder import RunFolder
 from intaglio.models.networks import DocumentedNetwork, Network, StandardNetwork, build
 from intaglio.models.prior import FlowPrior
 from intaglio.sampling.tokens import Decoding, generate
@@ -215,20 +214,6 @@ def interpolate(a_Z: Tensor, b_Z: Tensor, steps: int) -> Tensor:
     if torch.sin(angle) < 1e-4:
         return (1 - t) * a_Z + t * b_Z
     return (torch.sin((1 - t) * angle) * a_Z + torch.sin(t * angle) * b_Z) / torch.sin(angle)
-
-
-def of_run(folder: RunFolder) -> MultimodalModel:
-    """The trained model of a run, with its averaged weights.
-
-    Raises:
-        ValueError: the run has not finished.
-    """
-    if not (folder.model / "config.json").is_file():
-        raise ValueError(
-            f"{folder.path} has no model yet (status: {folder.record['status']}); it is written when training ends. "
-            f"Finish it with: intaglio train --resume {folder.path}"
-        )
-    return open_model(folder.model)
 
 
 def open_model(folder: Path) -> MultimodalModel:

@@ -44,7 +44,8 @@ def required(part: Tensor | None, name: str, batch: int) -> Tensor:
 def labels_or_null(condition: Condition, classes: int, batch: int) -> Tensor:
     """(B,) rows of a table whose last row, ``classes``, is the null. ValueError: a label outside of the classes."""
     labels_B = required(condition.labels_B, "labels_B", batch)
-    watched = labels_B.device.type == "cpu" and not torch.compiler.is_compiling()  # elsewhere the question is a stop
+    # On other devices the question is a stop; fake tensors, which are of a subclass, have no answer.
+    watched = type(labels_B) is Tensor and labels_B.device.type == "cpu" and not torch.compiler.is_compiling()
     if watched and labels_B.numel() and not 0 <= int(labels_B.min()) <= int(labels_B.max()) < classes:
         raise ValueError(
             f"labels_B holds {int(labels_B.min())} to {int(labels_B.max())}, the network knows the classes "

@@ -10,6 +10,11 @@ import torch
 from torch import Tensor, nn
 
 
+def channels_last(module: nn.Module) -> None:
+    """Lays kernels out with channels last in memory, the faster way for inputs that lie so."""
+    module.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # torch's stub lacks it
+
+
 def norm(channels: int) -> nn.Module:
     """GroupNorm over at most 8 groups: independent of the batch, so the same alone and among others."""
     return nn.GroupNorm(min(8, channels), channels)

@@ -9,12 +9,29 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from intaglio.nn.attention import attend
 from intaglio.nn.condition import Condition, labels_or_null
+from intaglio.nn.dropout import Dropout
 from intaglio.nn.time_embedding import TimeEmbedding
-from intaglio.nn.unet import check_sides, zeroed
+from intaglio.nn.unet import check_sides, doubled, zeroed
 
 EMBEDDING = 256
 HEADS = 4  # the documents do not say how many; the parameter counts do not depend on it
+
+
+class DocumentedNorm(nn.GroupNorm):
+    """Eight groups; in float32 where they have fewer than 16 channels.
+
+    Channels-last on a CPU, the bf16 backward of such takes four times as long, conversions included.
+    """
+
+    def __init__(self, channels: int):
+        super().__init__(8, channels)
+
+    def forward(self, x_BCHW: Tensor) -> Tensor:
+        if self.num_channels >= 16 * self.num_groups:
+            return super().forward(x_BCHW)
+        return super().forward(x_BCHW.float()).to(x_BCHW.dtype)
 
 
 class DocumentedResidual(nn.Module):
@@ -22,10 +39,10 @@ class DocumentedResidual(nn.Module):
 
     def __init__(self, channels: int, out: int, dropout: float):
         super().__init__()
-        self.norm_1, self.conv_1 = nn.GroupNorm(8, channels), nn.Conv2d(channels, out, 3, 1, 1)
+        self.norm_1, self.conv_1 = DocumentedNorm(channels), nn.Conv2d(channels, out, 3, 1, 1)
         self.embed = nn.Linear(EMBEDDING, out)
-        self.norm_2, self.conv_2 = nn.GroupNorm(8, out), nn.Conv2d(out, out, 3, 1, 1)
-        self.dropout = nn.Dropout(dropout)
+        self.norm_2, self.conv_2 = DocumentedNorm(out), nn.Conv2d(out, out, 3, 1, 1)
+        self.dropout = Dropout(dropout)
         self.skip = nn.Identity() if channels == out else nn.Conv2d(channels, out, 1)
 
     def forward(self, x_BCHW: Tensor, embedding_BE: Tensor) -> Tensor:
@@ -51,7 +68,7 @@ class UnnormedAttention(nn.Module):
         memory = x_BPC if memory_BTD is None else memory_BTD
         sources = (self.query(x_BPC), self.key(memory), self.value(memory))
         q, k, v = (part.unflatten(-1, (HEADS, -1)).transpose(1, 2) for part in sources)
-        y_BPC = self.out(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
+        y_BPC = self.out(attend(q, k, v).transpose(1, 2).flatten(2))
         return y_BPC.mT.unflatten(2, x_BCHW.shape[2:])
 
 
@@ -72,14 +89,22 @@ class DocumentedLevel(nn.Module):
 
 
 class DocumentedUpsample(nn.Module):
-    """Nearest ×2, a 3×3 convolution, then a 1×1 to half the channels."""
+    """Nearest ×2, a 3×3 convolution, then a 1×1 to half the channels: all linear, so one transposed convolution."""
 
     def __init__(self, channels: int):
         super().__init__()
         self.conv, self.narrow = nn.Conv2d(channels, channels, 3, 1, 1), nn.Conv2d(channels, channels // 2, 1)
 
     def forward(self, x_BCHW: Tensor) -> Tensor:
-        return self.narrow(self.conv(F.interpolate(x_BCHW, scale_factor=2.0, mode="nearest")))
+        batch, channels, height, width = x_BCHW.shape
+        if 2 * batch * height * width < channels:  # for so few places, making one kernel of both takes longer
+            return self.narrow(doubled(x_BCHW, self.conv.weight, self.conv.bias))
+        narrow, bias = self.narrow.weight.flatten(1), self.narrow.bias
+        assert self.conv.bias is not None
+        assert bias is not None
+        kernel = narrow @ self.conv.weight.permute(0, 2, 3, 1).flatten(1)
+        weight = kernel.view(channels // 2, 3, 3, channels).permute(0, 3, 1, 2)
+        return doubled(x_BCHW, weight, torch.addmv(bias, narrow, self.conv.bias))
 
 
 class DocumentedUNet(nn.Module):

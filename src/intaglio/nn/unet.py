@@ -10,7 +10,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from intaglio.nn.attention import attend
 from intaglio.nn.condition import Condition, ConditionEncoder, Encoded
+from intaglio.nn.dropout import Dropout
 from intaglio.nn.time_embedding import TimeEmbedding
 from intaglio.nn.transformer import Attention
 
@@ -49,7 +51,7 @@ class AdaptiveResidual(nn.Module):
         self.norm_1, self.conv_1 = norm(channels), nn.Conv2d(channels, out, 3, 1, 1)
         self.norm_2, self.conv_2 = norm(out), zeroed(nn.Conv2d(out, out, 3, 1, 1))
         self.modulate = nn.Linear(embedding, 2 * out)
-        self.dropout = nn.Dropout(dropout)
+        self.dropout = Dropout(dropout)
         self.skip = nn.Identity() if channels == out else nn.Conv2d(channels, out, 1)
 
     def forward(self, x_BCHW: Tensor, embedding_BE: Tensor) -> Tensor:
@@ -78,8 +80,9 @@ class SpatialAttention(nn.Module):
             zeroed(self.cross_attention.out)
 
     def forward(self, x_BCHW: Tensor, condition: Encoded) -> Tensor:
-        h_BPC = places(self.self_norm(x_BCHW))
-        y_BPC = self.self_attention(h_BPC, *self.self_attention.keys_values(h_BPC))
+        h_BPC, attention = places(self.self_norm(x_BCHW)), self.self_attention
+        y_BHPE = attend(attention.split(attention.query(h_BPC)), *attention.keys_values(h_BPC))
+        y_BPC = attention.out(y_BHPE.transpose(1, 2).flatten(2))
         x_BCHW = x_BCHW + y_BPC.mT.unflatten(2, x_BCHW.shape[2:])
         if self.cross_attention is None or condition.memory is None:
             return x_BCHW
@@ -107,21 +110,26 @@ class Block(nn.Module):
         return h if self.attention is None else self.attention(h, condition)
 
 
-class Upsample(nn.Module):
-    """Nearest ×2 and a 3×3 convolution, as one transposed convolution with 4/9 of the work.
+def doubled(x_BCHW: Tensor, weight_OIHW: Tensor, bias_O: Tensor | None) -> Tensor:
+    """Nearest ×2 and a 3×3 convolution (O, C, 3, 3), as one transposed convolution with 4/9 of the work.
 
     Repeating each value 2×2 is a transposed convolution with ones, so both are one with the kernel 3×3 ∗ ones(2, 2).
     """
+    kernel_HWIO = weight_OIHW.permute(2, 3, 1, 0).flip(0, 1)  # rows of O numbers are added, not single ones
+    kernel_HWIO = F.pad(kernel_HWIO, (0, 0, 0, 0, 0, 1)) + F.pad(kernel_HWIO, (0, 0, 0, 0, 1, 0))
+    kernel_HWIO = F.pad(kernel_HWIO, (0, 0, 0, 0, 0, 0, 0, 1)) + F.pad(kernel_HWIO, (0, 0, 0, 0, 0, 0, 1, 0))
+    return F.conv_transpose2d(x_BCHW, kernel_HWIO.permute(2, 3, 0, 1), bias_O, stride=2, padding=1)
+
+
+class Upsample(nn.Module):
+    """Nearest ×2 and a 3×3 convolution."""
 
     def __init__(self, channels: int, out: int):
         super().__init__()
         self.conv = nn.Conv2d(channels, out, 3, 1, 1)
 
     def forward(self, x_BCHW: Tensor) -> Tensor:
-        kernel = self.conv.weight.flip(2, 3).transpose(0, 1)
-        kernel = F.pad(kernel, (0, 1)) + F.pad(kernel, (1, 0))
-        kernel = F.pad(kernel, (0, 0, 0, 1)) + F.pad(kernel, (0, 0, 1, 0))
-        return F.conv_transpose2d(x_BCHW, kernel, self.conv.bias, stride=2, padding=1)
+        return doubled(x_BCHW, self.conv.weight, self.conv.bias)
 
 
 class UNet(nn.Module):

@@ -192,6 +192,24 @@ def log_snr_weights(schedule: NoiseSchedule) -> Tensor:
     return schedule.steps / (count_K[bin_T] * (count_K > 0).sum()).double()
 
 
+def error_factor(schedule: NoiseSchedule, prediction: Prediction) -> Tensor:
+    """(p − q a/s)² of every t, (T,), float64: how the error of the prediction p x₀ + q ε follows that of x̂₀."""
+    a_T, s_T = schedule.signal_and_noise()
+    p, q = _mixture(prediction, a_T, s_T)
+    return torch.as_tensor(p - q * a_T / s_T, dtype=torch.float64).square()
+
+
+def linear_null(schedule: NoiseSchedule, prediction: Prediction, variance: Tensor) -> Tensor:
+    """(T,), float64: the loss of the best linear guess of each number of x₀ from the same number of x_t alone.
+
+    With σ² the variance of a number (``variance``, of any shape) that is σ²s²/(a²σ² + s²), as an error of x̂₀.
+    """
+    a_T, s_T = schedule.signal_and_noise()
+    sigma2 = variance.double().flatten()
+    left_T = torch.stack([(sigma2 * s**2 / (a**2 * sigma2 + s**2)).mean() for a, s in zip(a_T, s_T, strict=True)])
+    return error_factor(schedule, prediction) * left_T
+
+
 def loss_by_bin(loss_B: Tensor, t_B: Tensor, schedule: NoiseSchedule) -> tuple[Tensor, Tensor]:
     """Mean loss and number of images per bin of log-SNR, 2 × (8,); NaN where no image fell."""
     bin_B = log_snr_bins(schedule).to(t_B.device)[t_B]

@@ -3,6 +3,7 @@
 import math
 import textwrap
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -56,6 +57,18 @@ class Sheet:
         self.axes.add_patch(Rectangle((x, y), side, side, fill=False, zorder=2, edgecolor=edge, linewidth=width))
         self.bottom = max(self.bottom, y + side)
 
+    def box(self, x: float, y: float, width: float, height: float, colour: str) -> None:
+        """A filled rectangle."""
+        self.axes.add_patch(Rectangle((x, y), width, height, facecolor=colour, edgecolor="none", zorder=1))
+        self.bottom = max(self.bottom, y + height)
+
+    def line(
+        self, x: Sequence[float] | np.ndarray, y: Sequence[float] | np.ndarray, colour: str = INK, width: float = 1.5
+    ) -> None:
+        """A line through points."""
+        self.axes.plot(x, y, color=colour, linewidth=width, zorder=2, solid_capstyle="butt")
+        self.bottom = max(self.bottom, *y)
+
     def save(self, path: Path) -> None:
         """Writes the sheet, as tall as what is on it."""
         height = math.ceil((self.bottom + MARGIN) * DPI) / DPI
@@ -64,4 +77,4 @@ class Sheet:
         with warnings.catch_warnings():
             # The box that is drawn for a missing glyph is seen by the reader; ``told`` has the true characters.
             warnings.filterwarnings("ignore", "Glyph .* missing from", UserWarning)
-            self.figure.savefig(path, dpi=DPI)
+            self.figure.savefig(path, dpi=DPI, metadata={"Software": None})

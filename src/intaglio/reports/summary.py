@@ -10,7 +10,7 @@ from intaglio.health.diagnosis import ESSENTIAL, Diagnosis
 from intaglio.health.finding import Finding
 from intaglio.history import Reading
 from intaglio.reports.safe import plain
-from intaglio.reports.words import beats_null, interval, paired, quantity, written
+from intaglio.reports.words import beats_null, detail, interval, paired, quantity, written
 
 if TYPE_CHECKING:
     from intaglio.health.foreign import Judged
@@ -21,7 +21,7 @@ HEAD = ("", "quantity", "training", "held out", "95 % interval", "null", "the nu
 
 def summary_lines(readings: Mapping[str, Reading], diagnosis: Diagnosis) -> list[str]:
     """Lines for a terminal. ✓ stands before what beats its null with its whole interval, ✗ before what does not."""
-    rows = [_row(name, *sides) for name, sides in paired(dict(readings)).items()]
+    rows = [_row(name, *sides) for name, sides in paired(dict(readings)).items() if not detail(name)]
     if not rows:
         return ["nothing was measured", *verdict_lines(diagnosis)]
     widths = [max(map(len, column)) for column in zip(HEAD, *rows, strict=True)]

@@ -16,7 +16,7 @@ class Quantity(NamedTuple):
     unit: str = ""
 
 
-BIGRAM, CHANCE, COMMONEST = "bigram model", "guess", "commonest object"
+BIGRAM, CHANCE, COMMONEST, REAL = "bigram model", "guess", "commonest object", "real images"
 QUANTITIES = {
     "caption/token_accuracy": Quantity("Caption: next token right", 1, BIGRAM, "%"),
     "caption/nats_per_token": Quantity("Caption: surprise per token", -1, BIGRAM, "nats"),
@@ -35,8 +35,29 @@ QUANTITIES = {
     "prior/flow_loss": Quantity("Samples: flow loss of the prior", -1, "Gaussian"),
     "retrieval/image_to_text_r1": Quantity("Search: an image finds its caption first", 1, CHANCE, "%"),
     "retrieval/text_to_image_r1": Quantity("Search: a caption finds its image first", 1, CHANCE, "%"),
+    "round_trip/r2": Quantity("Autoencoder: variance explained over the mean image", 1, "mean image", "R²"),
+    "round_trip/psnr": Quantity("Autoencoder: PSNR", 1, "mean image", "dB"),
+    "round_trip/frechet_distance": Quantity("Autoencoder: Fréchet distance of what it gives back", 0, REAL),
+    "samples/frechet_distance": Quantity("Samples: Fréchet distance (own features, no FID)", 0, REAL),
+    "samples/kernel_distance": Quantity("Samples: kernel distance (own features, no KID)", 0, "none"),
+    "samples/precision": Quantity("Samples: share within the real ones (precision)", 0, REAL, "%"),
+    "samples/recall": Quantity("Samples: share of real ones within them (recall)", 0, REAL, "%"),
+    "samples/copied_share": Quantity("Samples: copies of training images", -1, "unseen images", "%"),
+    "samples/neighbour_ratio": Quantity("Samples: nearest training image over the next", 1, "unseen images"),
+    "guidance/used": Quantity("Samples: guidance weight w in use"),
+    "condition/permuted_loss": Quantity("Condition: cost of another image’s", 1, "ignored", "%"),
+    "latent/clamped_share": Quantity("Latents: cut off at a clamp", -1, "none", "%"),
     "judge/accuracy": Quantity("Judge of objects, on real images", 1, COMMONEST, "%"),
 }
+SERIAL = {
+    r"guidance\.(.+)/class_accuracy": Quantity("Samples at w = {}: the class that was asked for", 1, CHANCE, "%"),
+    r"guidance\.(.+)/class_accuracy\.(.+)": Quantity("Samples at w = {}: {}", 1, CHANCE, "%"),
+    r"guidance\.(.+)/clipped_share": Quantity("Samples at w = {}: black or white pixels", 0, REAL, "%"),
+    r"guidance\.(.+)/contrast_ratio": Quantity("Samples at w = {}: contrast", 0, REAL),
+    r"guidance\.(.+)/diversity": Quantity("Samples at w = {}: diversity within a class", 0, REAL),
+    r"latent\.(\d+)/scaled_std": Quantity("Latent channel {}: standard deviation, as diffusion sees it", 0, "due"),
+}
+"""Quantities of which there are many; what the pattern catches stands in their title."""
 
 LOSS_UNITS = {
     "reconstruction": "L1 + MSE",
@@ -49,7 +70,17 @@ LOSS_UNITS = {
 
 def quantity(name: str) -> Quantity:
     """The words for ``<site>/<quantity>``; an unknown one keeps its own name."""
-    return QUANTITIES.get(name) or Quantity(name)
+    if name in QUANTITIES:
+        return QUANTITIES[name]
+    for pattern, what in SERIAL.items():
+        if found := re.fullmatch(pattern, name):
+            return what._replace(title=what.title.format(*found.groups()))
+    return Quantity(name)
+
+
+def detail(name: str) -> bool:
+    """Whether ``<site>/<quantity>`` is a part of another one, such as the accuracy of one class."""
+    return name.count(".") > 1
 
 
 HIGHER = (

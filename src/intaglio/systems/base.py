@@ -81,10 +81,26 @@ class System(L.LightningModule):
     def noise_like(self, x: Tensor, stream: int = 1) -> Tensor:
         """N(0, 1) of the shape of ``x``, cut from one draw for the global batch: the same items get the same noise
         however many processes share them. Each ``stream`` is a draw of its own."""
-        shape = (len(x) * processes(), *x.shape[1:])
-        generator = torch.Generator().manual_seed(_key(self.config.seed, stream, self.micro_step))
-        whole = torch.randn(shape, generator=generator)
-        return whole[rank() * len(x) : (rank() + 1) * len(x)].to(x)
+        whole = torch.randn((len(x) * processes(), *x.shape[1:]), generator=self._generator(stream))
+        return whole[self._part(len(x))].to(x)
+
+    def uniform(self, items: int, stream: int) -> Tensor:
+        """U(0, 1), (items,), on the CPU, cut from one draw for the global batch as in ``noise_like``."""
+        return torch.rand(items * processes(), generator=self._generator(stream))[self._part(items)]
+
+    def even(self, items: int, stream: int) -> Tensor:
+        """U(0, 1) each, (items,), on the CPU; together those of the global batch lie evenly, a step of 1/B apart."""
+        count = items * processes()
+        offset = torch.rand(1, generator=self._generator(stream))
+        return ((torch.arange(count) / count + offset) % 1)[self._part(items)]
+
+    def _generator(self, stream: int) -> torch.Generator:
+        return torch.Generator().manual_seed(_key(self.config.seed, stream, self.micro_step))
+
+    @staticmethod
+    def _part(items: int) -> slice:
+        """This process's rows of the global batch."""
+        return slice(rank() * items, (rank() + 1) * items)
 
     @property
     def bf16(self) -> bool:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from intaglio.config import MultimodalConfig, to_dict
 from intaglio.data.batches import Batch
-from intaglio.data.prepare import Prepared
+from intaglio.data.prepare import Captioned
 from intaglio.data.tokenizer import PAD, SPECIAL
 from intaglio.health import audits, panel
 from intaglio.health.instruments.bottleneck import noise_ratio
@@ -127,7 +127,8 @@ class MultimodalSystem(System):
     def read(self, batch: Batch) -> dict[str, Mapping[str, Measured]]:
         network, images = self.model.network, self.model.to_range(batch.images)
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16):
-            q = network.encode_image(images)
+            parts = [network.encode_image(some) for some in images.split(self.config.train.batch_size)]
+            q = Gaussian(*(torch.cat(x) for x in zip(*parts, strict=True)))  # in parts, as memory for training allows
             z, few = q.mean.float(), slice(0, TRIED)
             costs = cost_of_exchange(lambda z: self._caption_nats(z, batch.ids[few]), z[few])
             blurs = cost_of_exchange(lambda z: self._image_errors(z, images[:PAINTED]), z[:PAINTED])
@@ -174,7 +175,7 @@ class MultimodalSystem(System):
         return self._nulls
 
 
-def null_readings(config: MultimodalConfig, prepared: Prepared) -> dict[str, float]:
+def null_readings(config: MultimodalConfig, prepared: Captioned) -> dict[str, float]:
     """What held-out quantities would be if nothing had been learnt."""
     train, val = prepared.splits["train"], prepared.some("val", config.train.validate_items)
     text = nulls.bigram(prepared.ids_of(train), prepared.ids_of(val), len(prepared.tokenizer))
@@ -195,7 +196,7 @@ def chance(n: int, pairing: str) -> float:
     return math.log(n)
 
 
-def build(config: MultimodalConfig, prepared: Prepared, model: MultimodalModel | None = None) -> MultimodalSystem:
+def build(config: MultimodalConfig, prepared: Captioned, model: MultimodalModel | None = None) -> MultimodalSystem:
     """The system with fresh weights from the seed, or around a trained ``model``."""
     if model is None:
         torch.manual_seed(config.seed)

@@ -4,7 +4,6 @@ Shapes: N items, S image side, Z latent dimensions, T text positions.
 """
 
 from collections.abc import Sequence
-from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -12,10 +11,10 @@ from torch import Tensor
 
 from intaglio.data import order
 from intaglio.data.batches import fixed_batches
-from intaglio.data.prepare import Prepared
+from intaglio.data.prepare import Captioned
 from intaglio.data.tokenizer import PAD
 from intaglio.history import Reading
-from intaglio.history.reading import ratio, share
+from intaglio.history.reading import Evaluation, ratio, share
 from intaglio.models import nulls
 from intaglio.models.classifier import Judge
 from intaglio.models.multimodal import MultimodalModel
@@ -26,14 +25,7 @@ from intaglio.systems.prior import encode_all, held_out_loss
 GALLERY, SAMPLES = 256, 512
 
 
-class Evaluation(NamedTuple):
-    """Readings named ``<split>/<site>/<quantity>``, and why others are missing: {quantity: reason}."""
-
-    readings: dict[str, Reading]
-    not_measured: dict[str, str]
-
-
-def evaluate(model: MultimodalModel, prepared: Prepared, judge: Judge | str, items: int = 1024) -> Evaluation:
+def evaluate(model: MultimodalModel, prepared: Captioned, judge: Judge | str, items: int = 1024) -> Evaluation:
     """Everything on this page; ``train/…`` is the same quantity on clean training items.
 
     ``judge`` tells objects apart, or is the reason why there is none.
@@ -70,7 +62,7 @@ def evaluate(model: MultimodalModel, prepared: Prepared, judge: Judge | str, ite
 
 @torch.inference_mode()
 def _per_item(
-    model: MultimodalModel, prepared: Prepared, items: np.ndarray, latents: Tensor
+    model: MultimodalModel, prepared: Captioned, items: np.ndarray, latents: Tensor
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Nats, right tokens and tokens of each item's caption decoded from the given latents, (N,) each.
 
@@ -86,7 +78,7 @@ def _per_item(
     return nats, right, tokens
 
 
-def _captions(model: MultimodalModel, prepared: Prepared, items: np.ndarray, latents: Tensor) -> dict[str, Reading]:
+def _captions(model: MultimodalModel, prepared: Captioned, items: np.ndarray, latents: Tensor) -> dict[str, Reading]:
     """Surprise and accuracy, beside a bigram model's on the very same captions; intervals over items."""
     nats, right, tokens = _per_item(model, prepared, items, latents)
     scored = prepared.data.rows(items, order.draws(items, seed=0))
@@ -99,7 +91,7 @@ def _captions(model: MultimodalModel, prepared: Prepared, items: np.ndarray, lat
     }
 
 
-def _shuffled_latents(model: MultimodalModel, prepared: Prepared, items: np.ndarray, latents: Tensor) -> Reading:
+def _shuffled_latents(model: MultimodalModel, prepared: Captioned, items: np.ndarray, latents: Tensor) -> Reading:
     """What captions cost more, in nats per token, when each is decoded from another image's latent; paired by item."""
     mixed = order.permutation(len(items), 0, 1)
     other = torch.empty_like(latents)
@@ -110,7 +102,7 @@ def _shuffled_latents(model: MultimodalModel, prepared: Prepared, items: np.ndar
 
 
 def _image_quality(
-    model: MultimodalModel, prepared: Prepared, items: np.ndarray, latents: Tensor, missing: dict[str, str]
+    model: MultimodalModel, prepared: Captioned, items: np.ndarray, latents: Tensor, missing: dict[str, str]
 ) -> dict[str, Reading]:
     """R² of reconstructions: over the mean training image, and over each image's own mean colour, a harder null."""
     images, n = prepared.data.images, len(items)
@@ -131,7 +123,7 @@ def _image_quality(
     return readings
 
 
-def _retrieval(model: MultimodalModel, prepared: Prepared, items: np.ndarray, latents: Tensor) -> dict[str, Reading]:
+def _retrieval(model: MultimodalModel, prepared: Captioned, items: np.ndarray, latents: Tensor) -> dict[str, Reading]:
     """Recall at 1 within galleries of 256 held-out items (or all, if fewer), both ways, one fixed caption an item.
 
     Galleries are mixed; finding another item with the very same caption counts, in the null as well.
@@ -153,7 +145,7 @@ def _retrieval(model: MultimodalModel, prepared: Prepared, items: np.ndarray, la
 
 
 def _objects_in_captions(
-    model: MultimodalModel, prepared: Prepared, items: np.ndarray, latents: Tensor
+    model: MultimodalModel, prepared: Captioned, items: np.ndarray, latents: Tensor
 ) -> dict[str, Reading]:
     """The share of held-out images whose greedy caption names their main object; ``forced`` has the true words before
     each word."""
@@ -169,7 +161,7 @@ def _objects_in_captions(
 
 
 @torch.inference_mode()
-def _forced(model: MultimodalModel, prepared: Prepared, items: np.ndarray, latents: Tensor) -> list[str | None]:
+def _forced(model: MultimodalModel, prepared: Captioned, items: np.ndarray, latents: Tensor) -> list[str | None]:
     """The object that the likeliest tokens name when each follows the true ones; None where the caption names none."""
     found: list[str | None] = []
     for batch, z in zip(fixed_batches(prepared.data, items, 128), latents.split(128), strict=True):
@@ -181,7 +173,7 @@ def _forced(model: MultimodalModel, prepared: Prepared, items: np.ndarray, laten
 
 
 def _objects_in_images(
-    model: MultimodalModel, prepared: Prepared, items: np.ndarray, latents: Tensor, judge: Judge
+    model: MultimodalModel, prepared: Captioned, items: np.ndarray, latents: Tensor, judge: Judge
 ) -> dict[str, Reading]:
     """What the judge sees: the object of the original in its reconstruction, and the object that the caption names in
     the image of the same latent.

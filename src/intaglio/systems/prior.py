@@ -12,7 +12,7 @@ from torch import Tensor
 
 from intaglio.config import OptimConfig, PriorConfig
 from intaglio.data import order
-from intaglio.data.prepare import Prepared
+from intaglio.data.prepare import Captioned
 from intaglio.data.tokenizer import PAD
 from intaglio.history import Reading
 from intaglio.models.multimodal import MultimodalModel
@@ -33,7 +33,7 @@ def encode_all(model: MultimodalModel, images: np.ndarray, items: np.ndarray) ->
 
 def fit(
     model: MultimodalModel,
-    prepared: Prepared,
+    prepared: Captioned,
     config: PriorConfig,
     seed: int,
     bf16: bool,
@@ -81,7 +81,7 @@ def fit(
 
 
 @torch.inference_mode()
-def held_out_loss(model: MultimodalModel, prepared: Prepared, items: int = 1024) -> Reading:
+def held_out_loss(model: MultimodalModel, prepared: Captioned, items: int = 1024) -> Reading:
     """The flow loss with captions on held-out latents; its null is the best that variances alone allow."""
     val = prepared.some("val", items)
     x = model.prior.standardise(encode_all(model, prepared.data.images, val))
@@ -92,7 +92,7 @@ def held_out_loss(model: MultimodalModel, prepared: Prepared, items: int = 1024)
 
 def _loss(
     model: MultimodalModel,
-    prepared: Prepared,
+    prepared: Captioned,
     x_BZ: Tensor,
     items: np.ndarray,
     draw: np.ndarray,

@@ -1,4 +1,4 @@
-"""After the last step: the prior, the saved model, the numbers beside their nulls, the findings, the page."""
+"""After the last step: what is fitted last, the saved model, the numbers beside their nulls, the findings, the page."""
 
 import json
 import shutil
@@ -10,56 +10,60 @@ from typing import Any
 
 import numpy as np
 
-from intaglio.config import MultimodalConfig
 from intaglio.data.cache import cache_folder
 from intaglio.data.prepare import Prepared
 from intaglio.health.diagnosis import diagnose, load_profile, record_of, write_findings
+from intaglio.health.record import Record
 from intaglio.history import HistoryWriter, Reading, read_history, to_parquet
+from intaglio.history.reading import Evaluation
 from intaglio.history.run_folder import RunFolder, write_atomically
 from intaglio.models.classifier import Judge, judge
-from intaglio.models.multimodal import MultimodalModel
+from intaglio.models.saved import Model
 from intaglio.reports.page import write_page
-from intaglio.reports.proofs import make_proofs
 from intaglio.reports.summary import summary_lines
-from intaglio.systems import prior
-from intaglio.systems.multimodal_evaluation import Evaluation, evaluate
+from intaglio.training.kinds import Kind
 
 
 def finish(
-    folder: RunFolder, model: MultimodalModel, prepared: Prepared, step: int, say: Callable[[str], None]
+    kind: Kind, folder: RunFolder, model: Model, prepared: Prepared, step: int, say: Callable[[str], None]
 ) -> None:
-    """Fits the prior, saves the model, measures, judges, proves and writes the page.
+    """Completes and saves the model, measures, judges, proves and writes the page.
 
     ``step`` is the one that the model's weights are of: what is measured belongs to it.
     """
     model.eval()
-    say("fitting the prior to the latents of the training items")
     begun = time.monotonic()
-    config = folder.config()
-    assert isinstance(config, MultimodalConfig)
-    prior.fit(model, prepared, config.prior, config.seed, config.train.precision == "bf16", say)
+    kind.complete(model, prepared, say)
     folder.update(train_seconds=round(folder.record["train_seconds"] + time.monotonic() - begun, 1))
     save_model(folder, model)
     folder.update(model_step=step)
     say("measuring on held-out items")
-    evaluation = measure(model, prepared, folder)
+    judged_by = independent_judge(prepared, cache_folder(kind.config.data.cache))
+    evaluation = kind.evaluate(model, prepared, judged_by)
     written = read_history(folder.metrics)
     written = written.filter(written["step"] == step)
-    logged = written.filter(written["name"] == "val/caption/token_accuracy")["value"]
-    readings = dict(evaluation.readings)
-    if len(logged):
-        readings["val/caption/accuracy_as_logged"] = Reading(float(logged[-1]))
-    new = {name: r for name, r in readings.items() if name not in set(written["name"])}
+    logged = dict(zip(written["name"], written["value"], strict=True))
+    readings = evaluation.readings | {
+        ours: Reading(logged[theirs]) for theirs, ours in kind.kept.items() if theirs in logged
+    }
+    new = {name: r for name, r in readings.items() if name not in logged}
     with HistoryWriter(folder.metrics) as history:
         history.write(step, float(written["epoch"][-1]), new)
-    make_proofs(model, prepared, folder.proofs(step))
+    kind.prove(model, prepared, folder.proofs(step), False, judged_by, measured_at(folder, step))
     to_parquet(folder.metrics)
     conclude(folder, evaluation, step, say)
 
 
-def measure(model: MultimodalModel, prepared: Prepared, folder: RunFolder) -> Evaluation:
+def measure(kind: Kind, model: Model, prepared: Prepared) -> Evaluation:
     """The system's quantities on held-out items, with an independent judge where the items have labels."""
-    return evaluate(model, prepared, independent_judge(prepared, cache_folder(folder.config().data.cache)))
+    return kind.evaluate(model, prepared, independent_judge(prepared, cache_folder(kind.config.data.cache)))
+
+
+def measured_at(folder: RunFolder, step: int) -> Record:
+    """What the history holds of one step, and of no other."""
+    record = record_of(folder)
+    then = {name: s.at(s.steps == step) for name, s in record.series.items()}
+    return replace(record, series={name: s for name, s in then.items() if len(s)})
 
 
 def conclude(folder: RunFolder, evaluation: Evaluation, step: int, say: Callable[[str], None]) -> None:
@@ -93,7 +97,7 @@ def independent_judge(prepared: Prepared, cache: Path) -> Judge | str:
     return judge(prepared.data.images, train, known, val, [str(x) for x in labels["val"]], cache)
 
 
-def save_model(folder: RunFolder, model: MultimodalModel) -> None:
+def save_model(folder: RunFolder, model: Model) -> None:
     """Writes ``model/`` so that it is whole or absent."""
     part = folder.path / ".model.part"
     shutil.rmtree(part, ignore_errors=True)

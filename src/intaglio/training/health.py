@@ -20,14 +20,15 @@ from intaglio.health.panel import Panel
 from intaglio.health.panel import terms as terms_panel
 from intaglio.health.plan import breaches, load_plan, unread
 from intaglio.health.record import Record
-from intaglio.history import Reading
+from intaglio.history import Measured, Reading
 from intaglio.history.run_folder import RunFolder, write_atomically
 from intaglio.objectives.distributed import alone
 from intaglio.systems.base import System
 from intaglio.training.ema import EMA
 
-AUDITED = 3
-"""Optimizer steps in which gradients are watched before a tensor without one is called dead."""
+AUDITED, PATIENCE = 3, 10
+"""Optimizer steps in which gradients are watched, and at most while a tensor has none or does not move: behind a layer
+that starts at zero the first gradients are too small to move anything."""
 
 EARLY = (0.01, 0.03)
 """Shares of the run at which health looks besides the looks at held-out items: most faults are there from the start."""
@@ -78,16 +79,19 @@ class Health:
 
     def after_update(self, system: System, optimizer: torch.optim.Optimizer, step: int) -> None:
         """Closes the audits of the first steps."""
-        if step - self.first == AUDITED:
-            self.facts["dead_parameters"] = self.silence.by_module()
-            still = audits.unmoved(system, self.before, optimizer)
-            self.facts["unmoved"] = [name for name in still if name not in (self.silence.silent or ())]
-            self.before = {}
-            self._write()
+        if not self.before or step - self.first < AUDITED:
+            return
+        still, silent = audits.unmoved(system, self.before, optimizer), self.silence.silent
+        if (still or silent) and step - self.first < PATIENCE:
+            return
+        self.facts["dead_parameters"] = self.silence.by_module()
+        self.facts["unmoved"] = [name for name in still if name not in (silent or ())]
+        self.before = {}
+        self._write()
 
     def auditing(self, step: int) -> bool:
         """Whether gradients of the step after ``step`` are watched."""
-        return step - self.first < AUDITED
+        return bool(self.before) and step - self.first < PATIENCE
 
     @contextmanager
     def validation(self, system: System) -> Iterator[None]:
@@ -108,6 +112,8 @@ class Health:
                 for site, measured in system.read(batch).items():
                     panel.add(site, measured)
             self._gradients(system, batch, panel)
+            if ema:
+                self._average(system, batch, ema, panel)
         self.missing = panel.missing
         return panel.readings
 
@@ -119,6 +125,21 @@ class Health:
         weighted = {name: t.weight * t.value.float() for name, t in terms.items() if t.weight}
         for name, measured in terms_panel(weighted, system).items():
             panel.add(f"train/term.{name}", measured)
+
+    def _average(self, system: System, batch: Any, ema: EMA, panel: Panel) -> None:
+        """The averaged weights beside the live ones: their loss on a few items, and how far each has come."""
+        few = type(batch)(*(x[:64] for x in batch))
+        with torch.no_grad():
+            live = _loss(system, few)
+            with ema.applied(system):
+                averaged = _loss(system, few)
+        strange = set(ema.average) - {name for name, _ in system.named_parameters()}
+        readings: dict[str, Measured] = {
+            "loss": Reading(averaged, live, len(few[0])),
+            "moved": Reading(ema.moved(system), 1.0),
+            "averaged_buffers": Reading(float(len(strange)), 0.0),
+        }
+        panel.add("val/ema", readings)
 
     def judge(self) -> Diagnosis:
         """The verdict on the run so far; writes ``findings.json`` and says what is new."""
@@ -160,6 +181,17 @@ class Health:
     def _write(self) -> None:
         text = json.dumps(self.facts, indent=2, ensure_ascii=False)
         write_atomically(self.folder.path / "audits.json", text + "\n")
+
+
+def _loss(system: System, batch: Any) -> float:
+    """The weighted sum of the terms, as a look at held-out items measures them."""
+    with torch.autocast(system.device.type, torch.bfloat16, enabled=system.bf16):
+        sums = system.measure(batch)
+    return sum(
+        weight * float(total / count)
+        for name, weight in system.weights.items()
+        for total, count in [sums[f"loss/{name}"]]
+    )
 
 
 def _told(finding: Finding) -> str:

@@ -13,6 +13,7 @@ from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 from types import FrameType
+from typing import Any
 
 import lightning as L
 import torch
@@ -22,25 +23,23 @@ from lightning.pytorch.strategies import DDPStrategy
 from rich.console import Console
 
 from intaglio import config as configuration
-from intaglio.config import Config, MultimodalConfig
-from intaglio.data.batches import Batch, TrainingBatches, fixed_batches
-from intaglio.data.prepare import Prepared, notices, prepare
-from intaglio.data.tokenizer import CaptionTokenizer
+from intaglio.config import Config
+from intaglio.data.batches import TrainingBatches, fixed_batches
+from intaglio.data.prepare import Prepared, notices
 from intaglio.health.diagnosis import load_profile
 from intaglio.health.notify import refuse_without_address
 from intaglio.health.plan import load_plan
 from intaglio.history import HistoryWriter, run_folder
 from intaglio.history.run_folder import RunFolder
-from intaglio.models.multimodal import MultimodalModel, of_run
+from intaglio.models.saved import of_run
 from intaglio.reports.page import write_page
-from intaglio.reports.proofs import make_proofs
-from intaglio.systems import multimodal
 from intaglio.systems.base import System
 from intaglio.systems.optimizers import describe_groups
 from intaglio.training import checkpoint, device, launch
 from intaglio.training.ema import EMA
 from intaglio.training.finish import finish
 from intaglio.training.health import Health
+from intaglio.training.kinds import Kind, kind_of
 from intaglio.training.loop import AfterStep
 from intaglio.training.progress import ProgressReport
 
@@ -73,7 +72,7 @@ def train(
         if parent is not None or dry_run:
             raise ValueError("--resume goes on with a run as it is; leave --from and --dry-run out.")
         return _resume(resume, overrides, recipe, say)
-    model, tokenizer, length = None, None, 0
+    model = None
     source = run_folder.find(parent) if parent is not None else None
     if source is not None:
         config = configuration.load(recipe or source.path / "config.yaml", overrides)
@@ -85,8 +84,7 @@ def train(
             config = configuration.load(recipe or source.path / "config.yaml", [*overrides, *slower])
             say(f"fine-tuning at a tenth of the rate: {config.optim.rate:g}; --optim.rate sets another")
         model = of_run(source)
-        tokenizer, length = model.tokenizer, model.text_length
-        _refuse_other_shape(model, _multimodal(config), source)
+        kind_of(config).refuse_other_shape(model, source)
     elif recipe is None:
         raise ValueError(f"Which recipe? One of: {', '.join(configuration.recipes())}; or --resume RUN, --from RUN.")
     else:
@@ -95,14 +93,15 @@ def train(
     say(f"device {config.train.device} ({reasons['device']}), {config.train.precision} ({reasons['precision']})")
     load_profile(config.health.profile)  # refused now rather than after the data is read
     refuse_without_address(load_plan(config.plan))
-    prepared = _prepared(config, tokenizer, length, say)
-    config = _resolve_length(config, prepared)
-    _tell_data(say, prepared)
+    kind = kind_of(config)
+    prepared = kind.prepare(None, model, _progress(say), say)
+    config = kind.config = _resolve_length(kind.resolve(prepared), prepared)
+    _tell_data(say, prepared, kind)
     if source is not None:
         _refuse_leak(source, config, prepared)
     _batches(config, prepared, 0)  # refuses a batch that the items cannot fill
     if dry_run:
-        _one_step(config, prepared, model, say)
+        _one_step(kind, prepared, model, say)
         return None
     folder = None
     if launch.rank() == 0:
@@ -114,7 +113,7 @@ def train(
         for notice in notices(prepared):
             folder.notice(notice)
         say(f"run folder {folder.path}")
-    return _fit(config, prepared, folder, None, model, say, alter)
+    return _fit(kind, prepared, folder, None, model, say, alter)
 
 
 def _resume(path: str | Path, overrides: Sequence[str], recipe: str | Path | None, say: "_Teller") -> RunFolder:
@@ -126,21 +125,22 @@ def _resume(path: str | Path, overrides: Sequence[str], recipe: str | Path | Non
     given = Path(path)
     folder = run_folder.find(given.parent.parent if given.suffix == ".ckpt" else given)
     source = given if given.suffix == ".ckpt" else checkpoint.newest(folder.checkpoints)
-    saved = checkpoint.read(source)["intaglio"]
+    content = checkpoint.read(source)
+    saved = {**content["intaglio"], "state_dict": content["state_dict"]}
     old = folder.config()
     config = configuration.load(folder.path / "config.yaml", overrides)
     checkpoint.refuse_other_recipe(old, config, folder.path)
     refuse_without_address(load_plan(config.plan))
     config, _ = _resolve_machine(config)
-    tokenizer = CaptionTokenizer.from_json(saved["tokenizer"])
-    prepared = _prepared(config, tokenizer, saved["text_length"], say)
+    kind = kind_of(config)
+    prepared = kind.prepare(saved, None, _progress(say), say)
     if prepared.fingerprint != saved["fingerprint"]:
         raise ValueError(
             f"The data of {folder.path} has changed since the checkpoint ({config.data.source}: other images, captions "
             f"or split). Put the data back, or fine-tune on the new data with --from {folder.path}."
         )
-    config = _resolve_length(config, prepared)
-    if (config.train.steps or 0) < int(checkpoint.read(source)["global_step"]):
+    config = kind.config = _resolve_length(kind.resolve(prepared), prepared)
+    if (config.train.steps or 0) < int(content["global_step"]):
         raise ValueError(f"{source} is past {config.train.steps} steps already; --resume can only make a run longer.")
     if launch.rank() == 0:
         folder.save_config(config)
@@ -153,20 +153,21 @@ def _resume(path: str | Path, overrides: Sequence[str], recipe: str | Path | Non
         for file in [*unfinished, *later]:
             file.unlink()
     say(f"resuming {folder.path} from {source.name}")
-    return _fit(config, prepared, folder if launch.rank() == 0 else None, source, None, say)
+    return _fit(kind, prepared, folder if launch.rank() == 0 else None, source, None, say)
 
 
 def _fit(
-    config: Config,
+    kind: Kind,
     prepared: Prepared,
     folder: RunFolder | None,
     source: Path | None,
-    model: MultimodalModel | None,
+    model: Any,
     say: "_Teller",
     alter: Callable[[System], None] | None = None,
 ) -> RunFolder:
     """Trains, then measures and writes; leaves ``run.json`` saying how it ended whatever happens."""
-    system = multimodal.build(_multimodal(config), prepared, model)
+    config = kind.config
+    system = kind.build(prepared, model)
     if alter is not None:
         alter(system)
     for line in describe_groups(system.configure_optimizers()["optimizer"].param_groups, config.optim.rate):
@@ -174,7 +175,7 @@ def _fit(
     begun = time.monotonic()
     done = int(checkpoint.read(source)["global_step"]) if source else 0
     try:
-        after = _run_trainer(config, prepared, system, folder, source, done, say)
+        after = _run_trainer(kind, prepared, system, folder, source, done, say)
         if dist.is_initialized():
             dist.destroy_process_group()
         if folder is None:  # not the first process: the first one writes
@@ -201,13 +202,30 @@ def _fit(
             folder.notice(after.stopped_by)
         system.to("cuda" if config.train.device == "cuda" else "cpu")  # Lightning has moved it to the CPU
         with _ended_by_sigterm():
-            finish(folder, system.model, prepared, step, say)
+            finish(kind, folder, system.model, prepared, step, say)  # type: ignore[arg-type]  # one of ours
         folder.update(status="finished", stopped_by=None, best_step=after.best_step)
+    except torch.OutOfMemoryError as error:
+        told = torch.OutOfMemoryError(_what_fits(config, error))
+        if folder is not None:
+            _record_end(folder, told, say)
+        raise told from error
     except BaseException as error:
         if folder is not None:
             _record_end(folder, error, say)
         raise
     return folder
+
+
+def _what_fits(config: Config, error: torch.OutOfMemoryError) -> str:
+    """The smaller batch that takes the same optimizer steps."""
+    train, said = config.train, str(error).splitlines()[0][:200]
+    if train.batch_size < 2 * train.devices:
+        return f"Out of memory with batches of {train.batch_size} ({said}). Use a smaller model or image size."
+    half = train.batch_size // 2 // train.devices * train.devices
+    return (
+        f"Out of memory with batches of {train.batch_size} ({said}). Half of it in two passes takes the same steps: "
+        f"--train.batch_size {half} --train.accumulate {2 * train.accumulate}; intaglio check estimates what fits."
+    )
 
 
 def _record_end(folder: RunFolder, error: BaseException, say: "_Teller") -> None:
@@ -241,7 +259,7 @@ def _ended_by_sigterm() -> Iterator[None]:
 
 
 def _run_trainer(
-    config: Config,
+    kind: Kind,
     prepared: Prepared,
     system: System,
     folder: RunFolder | None,
@@ -249,18 +267,18 @@ def _run_trainer(
     done: int,
     say: "_Teller",
 ) -> AfterStep:
+    config = kind.config
     train, world, launched = config.train, config.train.devices, launch.launched()
     nodes = launched.nodes if launched else 1
     batches = _batches(config, prepared, done)
     held_out = prepared.some("val", train.validate_items)
 
-    def look() -> Iterator[Batch]:  # whole batches to each process, so that any number of them measures the same
+    def look() -> Iterator[Any]:  # whole batches to each process, so that any number of them measures the same
         return islice(fixed_batches(prepared.data, held_out, train.batch_size), launch.rank(), None, world)
 
     def prove(system: System, step: int) -> None:
         assert folder is not None
-        assert isinstance(system, multimodal.MultimodalSystem)
-        make_proofs(system.model, prepared, folder.proofs(step), quick=True)
+        kind.prove(system.model, prepared, folder.proofs(step), quick=True)
 
     history = HistoryWriter(folder.metrics) if folder is not None else None
     if history:
@@ -269,8 +287,7 @@ def _run_trainer(
         "format": checkpoint.FORMAT,
         "config": configuration.to_dict(config),
         "fingerprint": prepared.fingerprint,
-        "tokenizer": prepared.tokenizer.to_json(),
-        "text_length": prepared.text_length,
+        **kind.saved(prepared),
     }
     ema = EMA(train.ema) if train.ema > 0 else None
     where = folder.checkpoints if folder is not None else Path(config.runs)
@@ -278,7 +295,7 @@ def _run_trainer(
     health = None
     if folder is not None and config.health.on:
 
-        def probe() -> Batch:
+        def probe() -> Any:
             items = prepared.some("val", config.health.probe)
             return next(fixed_batches(prepared.data, items, len(items)))
 
@@ -308,6 +325,7 @@ def _run_trainer(
     with warnings.catch_warnings():  # of Lightning's calls into a newer torch, which nobody here can change
         for about in ("`isinstance.treespec, LeafSpec.`", "`broadcast_buffers`"):
             warnings.filterwarnings("ignore", f"{about} is deprecated", FutureWarning)
+        warnings.filterwarnings("ignore", r"Found \d+ module\(s\) in eval mode")  # frozen ones stay as they are
         try:
             trainer.fit(system, train_dataloaders=batches, ckpt_path=source)
         except SystemExit as stop:  # what Lightning makes of Ctrl-C
@@ -329,11 +347,6 @@ def _batches(config: Config, prepared: Prepared, done: int) -> TrainingBatches:
     )
 
 
-def _multimodal(config: Config) -> MultimodalConfig:
-    assert isinstance(config, MultimodalConfig), "the only system so far"
-    return config
-
-
 def _resolve_machine(config: Config) -> tuple[Config, dict[str, str]]:
     train, devices = launch.follow(config.train)
     choice = device.choose(train)
@@ -343,22 +356,14 @@ def _resolve_machine(config: Config) -> tuple[Config, dict[str, str]]:
 
 
 def _resolve_length(config: Config, prepared: Prepared) -> Config:
-    """Steps from epochs, and looks and checkpoints from steps; the caption length that the data has."""
+    """Steps from epochs, and looks and checkpoints from steps."""
     train = config.train
     per_step = train.batch_size * train.accumulate
     steps = train.steps or math.ceil((train.epochs or 0) * len(prepared.splits["train"]) / per_step)
     every = train.validate_every or max(1, math.ceil(steps / 10))
     train = replace(train, steps=steps, epochs=None, validate_every=every)
     train = replace(train, checkpoint_every=train.checkpoint_every or every)
-    return replace(config, train=train, data=replace(config.data, text_length=prepared.text_length))
-
-
-def _refuse_other_shape(model: MultimodalModel, config: MultimodalConfig, source: RunFolder) -> None:
-    if model.config != config.model or model.image_size != config.data.image_size:
-        raise ValueError(
-            f"The model of {source.path} has another shape than this recipe (model.* or data.image_size differ). "
-            f"Fine-tune with its own recipe: intaglio train --from {source.path} --data.source FOLDER"
-        )
+    return replace(config, train=train)
 
 
 def _refuse_leak(source: RunFolder, config: Config, prepared: Prepared) -> None:
@@ -373,8 +378,8 @@ def _refuse_leak(source: RunFolder, config: Config, prepared: Prepared) -> None:
         )
 
 
-def _prepared(config: Config, tokenizer: CaptionTokenizer | None, text_length: int, say: "_Teller") -> Prepared:
-    """The data, with a line every few seconds while images are decoded for the first time."""
+def _progress(say: "_Teller") -> Callable[[int, int], None]:
+    """A line every few seconds while images are decoded for the first time."""
     told = time.monotonic()
 
     def progress(done: int, of: int) -> None:
@@ -383,21 +388,20 @@ def _prepared(config: Config, tokenizer: CaptionTokenizer | None, text_length: i
             told = time.monotonic()
             say(f"decoding images, once for all runs: {done:,} of {of:,}")
 
-    vocabulary = _multimodal(config).model.vocabulary
-    return prepare(config.data, config.seed, vocabulary, tokenizer, text_length, progress)
+    return progress
 
 
-def _tell_data(say: "_Teller", prepared: Prepared) -> None:
+def _tell_data(say: "_Teller", prepared: Prepared, kind: Kind) -> None:
     sides = ", ".join(f"{len(items):,} {side}" for side, items in prepared.splits.items())
     say(f"data {prepared.corpus.describe()}")
-    say(f"{sides} items, {len(prepared.tokenizer):,} tokens")
+    say(f"{sides} items, {kind.describe(prepared)}")
     for notice in notices(prepared):
         say(f"note: {notice}")
 
 
-def _one_step(config: Config, prepared: Prepared, model: MultimodalModel | None, say: "_Teller") -> None:
+def _one_step(kind: Kind, prepared: Prepared, model: Any, say: "_Teller") -> None:
     """One pass forward and backward: shows that data, model and loss fit together."""
-    system = multimodal.build(_multimodal(config), prepared, model)
+    config, system = kind.config, kind.build(prepared, model)
     train = config.train
     system.to("cuda" if train.device == "cuda" else "cpu")
     batch = system.transfer_batch_to_device(next(iter(_batches(config, prepared, 0))), system.device, 0)

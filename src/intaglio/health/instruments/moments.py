@@ -120,3 +120,19 @@ def clamped_share(latents: Tensor, low: float, high: float) -> Measured:
         return x
     least, most = torch.tensor([low, high], dtype=latents.dtype).tolist()  # as a clamp rounds them
     return Reading(float(((x <= least) | (x >= most)).double().mean()), 0.0, len(x))
+
+
+def cut_share(latents_KN: Tensor) -> Measured:
+    """The share of values at a bound, (K, N) of K channels, where the clamp is not known; null 0.
+
+    A bound is the largest or the smallest value of a channel, where others have the very same one: that of one channel
+    alone may be what it says of empty patches.
+    """
+    channels, n = latents_KN.shape
+    if channels < 2:
+        return NotMeasured("of one channel, a clamp cannot be told from a value that many patches have")
+    cut = torch.zeros_like(latents_KN, dtype=torch.bool)
+    for bound_K in (latents_KN.amin(1), latents_KN.amax(1)):
+        shared_K = (bound_K[:, None] == bound_K).sum(1) > 1
+        cut |= shared_K[:, None] & (latents_KN == bound_K[:, None])
+    return Reading(float(cut.double().mean()), 0.0, channels * n)

@@ -23,6 +23,8 @@ SPLITS = 4
 BLOCKS = 20
 NEIGHBOURS, AROUND = 3, 50
 """Which neighbour bounds a ball of the manifold; how many tell how dense the training set is around an item."""
+FEW = 16
+"""Items below which no ratio of distances to neighbours is told."""
 CLOSEST = 0.01
 """Share of held-out images that lie so close to a training image that generated ones there count as copies."""
 
@@ -117,10 +119,10 @@ def neighbour_ratio(train: Tensor, held_out: Tensor, generated: Tensor) -> Measu
 
     Mean over generated features; null: over real ones that were held out, whose error is in the interval, too.
     """
-    ratios = _ratios(train, held_out, generated)
-    if isinstance(ratios, NotMeasured):
-        return ratios
-    known, r = ratios
+    found = ratios(train, held_out, generated)
+    if isinstance(found, NotMeasured):
+        return found
+    known, r = found
     value, half = float(r.mean()), 1.96 * float(np.sqrt(known.var() / len(known) + r.var() / len(r)))
     return Reading(value, float(known.mean()), len(r), value - half, value + half)
 
@@ -131,11 +133,11 @@ def copied_share(train: Tensor, held_out: Tensor, generated: Tensor) -> Measured
     By the ratio of ``neighbour_ratio``. Null: k/(n + 1), where k of n held-out ones are so near, exact for samples that
     the training set influences no more than it does held-out images, whatever their distribution. Interval: Wilson's.
     """
-    ratios = _ratios(train, held_out, generated)
-    if isinstance(ratios, NotMeasured):
-        return ratios
-    known, r = ratios
-    nearest = np.sort(known)[max(1, int(CLOSEST * (len(known) + 1))) - 1]
+    found = ratios(train, held_out, generated)
+    if isinstance(found, NotMeasured):
+        return found
+    known, r = found
+    nearest = copied_below(known)
     return share(int((r <= nearest).sum()), len(r), float((known <= nearest).sum()) / (len(known) + 1))
 
 
@@ -209,9 +211,17 @@ def _against_halves(
     return Reading(value, null, n, interval.low, interval.high)
 
 
-def _ratios(train: Tensor, held_out: Tensor, generated: Tensor) -> tuple[np.ndarray, np.ndarray] | NotMeasured:
-    """Nearest distance over the mean of the nearest 50, of held-out (H,) and of generated items (N,)."""
-    known, drawn = _described(train, held_out, LEAST + 1), _described(train, generated, LEAST + 1)
+def copied_below(known: np.ndarray) -> float:
+    """The ratio of the nearest 1 % of held-out items, up to which a generated one counts as a copy."""
+    return float(np.sort(known)[max(1, int(CLOSEST * (len(known) + 1))) - 1])
+
+
+def ratios(train: Tensor, held_out: Tensor, generated: Tensor) -> tuple[np.ndarray, np.ndarray] | NotMeasured:
+    """Nearest distance over the mean of the nearest 50, of held-out (H,) and of generated items (N,).
+
+    Of fewer training items all are taken: what is learnt by heart is most often a handful.
+    """
+    known, drawn = _described(train, held_out, FEW), _described(train, generated, FEW)
     if isinstance(known, NotMeasured):
         return known
     if isinstance(drawn, NotMeasured):
@@ -221,7 +231,8 @@ def _ratios(train: Tensor, held_out: Tensor, generated: Tensor) -> tuple[np.ndar
 
 
 def _nearness(x_Nd: Tensor, train_Md: Tensor) -> np.ndarray:
-    near_NK = torch.cat([d.topk(AROUND, largest=False).values for d in _distances(x_Nd, train_Md)])
+    k = min(AROUND, len(train_Md))
+    near_NK = torch.cat([d.topk(k, largest=False).values for d in _distances(x_Nd, train_Md)])
     ratios = (near_NK.amin(1) / near_NK.mean(1).clamp_min(1e-300)).cpu().numpy()
     return np.where(ratios < 1e-6, 0.0, ratios)  # rounding, where a copy has 0
 

@@ -13,6 +13,7 @@ def all_rules() -> Sequence[Rule]:
         bottleneck,
         codebook,
         contrastive,
+        diffusion,
         generalisation,
         latent,
         terms,
@@ -20,5 +21,5 @@ def all_rules() -> Sequence[Rule]:
         training,
     )
 
-    pages = (training, terms, generalisation, audits, latent, bottleneck, codebook, contrastive, adversarial, text)
-    return [r for page in pages for r in page.RULES]
+    pages = (training, terms, generalisation, audits, latent, bottleneck, codebook, contrastive)
+    return [r for page in (*pages, adversarial, diffusion, text) for r in page.RULES]

@@ -13,12 +13,13 @@ Series that are read, each with its null; W is a guidance weight, B the centre o
 - ``val/ema/loss``, its null the loss of the live weights; ``val/ema/moved``: ‖EMA − start‖ / ‖live − start‖, null 1;
   ``val/ema/averaged_buffers``: how many tensors that are no parameters are averaged, null 0
 - ``train/log_snr.B/weight``: the bin's share of weight times frequency in the loss of v, null an even share;
-  ``val/log_snr.B/loss``: held-out, null that of the best constant
+  ``val/log_snr.B/loss``: held-out, null that of the best linear guess of each number from itself;
+  ``train/noise/terminal_snr``: at T − 1, null 0
 """
 
 from collections.abc import Iterator, Mapping
 
-from intaglio.health.finding import Finding, remedies
+from intaglio.health.finding import Finding, Severity, remedies
 from intaglio.health.record import Record
 from intaglio.health.rule import Limits, Rule, rule
 from intaglio.history import NotMeasured, Series
@@ -103,7 +104,8 @@ def unfaithful(record: Record, limits: Limits) -> Iterator[Finding | NotMeasured
     """The requested class is not the generated one.
 
     Seen by an independent classifier at the best weight of the sweep, or the one in use; chance is 1/K, and the
-    classifier's own accuracy on held-out real images is what faithful samples reach.
+    classifier's own accuracy on held-out real images is what faithful samples reach. Few samples, whose interval
+    reaches that, show nothing.
     """
     sweep, used = _sweep(record, "class_accuracy"), record.get("val/guidance/used")
     best = used.value if used is not None and used.value in sweep else max(sweep, key=lambda w: sweep[w].value)
@@ -118,11 +120,11 @@ def unfaithful(record: Record, limits: Limits) -> Iterator[Finding | NotMeasured
         return
     low, high = (_end(record, name, end) for end in ("low", "high"))
     chance = s.null is not None and low <= s.null
-    if chance or low < limits["due"] * own:
+    if high < limits["due"] * own:
         yield Finding(
             "unfaithful",
             "fail" if chance or high < limits["wrong"] * own else "warning",
-            f"At guidance {best:g}, {s.value:.0%} of samples (at least {low:.0%}) show the class that was asked for"
+            f"At guidance {best:g}, {s.value:.0%} of samples (at most {high:.0%}) show the class that was asked for"
             + ("" if s.null is None else f"; chance is {s.null:.0%}")
             + ("." if judge is None else f", and the classifier is right on {own:.0%} of real images."),
             {"class_accuracy": s.value, "guidance": best},
@@ -144,23 +146,23 @@ def unfaithful(record: Record, limits: Limits) -> Iterator[Finding | NotMeasured
 def over_stylised(record: Record, limits: Limits) -> Iterator[Finding]:
     """Guidance drives samples to extremes.
 
-    Seen by a sweep of w: the clipped share beside that of real images, contrast and diversity over theirs. Where
-    ``val/guidance/used`` is not told it is a note; a weight is recommended, for each class where they are measured.
+    Seen by a sweep of w: clipped share and contrast beside those of real images and of samples without guidance (what
+    these have too, guidance did not do), diversity over that of real ones. Where ``val/guidance/used`` is not told it
+    is a note; a weight is recommended, for each class where they are measured.
     """
-    extremes = {w: told for w in _weights(record) if (told := _extremes(record, w, limits))}
+    extremes, best = advised_weights(record, limits)
     used = record.get("val/guidance/used")
     judged = [w for w in extremes if used is None or w == used.value]
     if not judged:
         return
     w = judged[0]
-    best = {label: _recommended(record, label, extremes, limits) for label in ("", *_classes(record))}
     named = "; ".join(f"{label or 'all classes'} {best_w:g}" for label, best_w in best.items() if best_w is not None)
     overall = best[""]
     yield Finding(
         "over-stylised",
         "note" if used is None else "fail" if len(extremes[w]) > 1 else "warning",
         (f"From guidance {w:g} on" if used is None else f"At guidance {w:g}")
-        + f", samples are driven to extremes: {', '.join(extremes[w])}. "
+        + f", samples are driven to extremes: {', '.join(extremes[w].values())}. "
         + (
             f"The least weight that is as accurate, and free of that: {named}." if named else "No weight is free of it."
         ),
@@ -174,22 +176,40 @@ def over_stylised(record: Record, limits: Limits) -> Iterator[Finding]:
     )
 
 
+def advised_weights(
+    record: Record, limits: Limits | None = None
+) -> tuple[dict[float, dict[str, str]], dict[str, float | None]]:
+    """What is extreme at weights that drive samples to extremes, {quantity: words}; the weight to use for each class.
+
+    That of the class "" is for all of them; None where every weight is extreme. Limits: those of over-stylised.
+    """
+    limits = over_stylised.limits if limits is None else limits
+    extremes = {w: told for w in _weights(record) if (told := _extremes(record, w, limits))}
+    return extremes, {label: _recommended(record, label, extremes, limits) for label in ("", *_classes(record))}
+
+
 def _weights(record: Record) -> list[float]:
     return sorted({w for q in ("clipped_share", "contrast_ratio", "diversity") for w in _sweep(record, q)})
 
 
-def _extremes(record: Record, w: float, limits: Limits) -> list[str]:
-    """What is extreme at one weight, in words."""
+def _extremes(record: Record, w: float, limits: Limits) -> dict[str, str]:
+    """What is extreme at one weight, by quantity, in words."""
     clipped, contrast, diversity = (
         record.get(f"val/guidance.{w:g}/{q}") for q in ("clipped_share", "contrast_ratio", "diversity")
     )
-    told = []
-    if clipped is not None and clipped.value > (clipped.null or 0) + limits["clipped"]:
-        told.append(f"{clipped.value:.0%} of pixels are clipped, of real ones {clipped.null or 0:.0%}")
-    if contrast is not None and contrast.value > limits["contrast"]:
-        told.append(f"their contrast is {contrast.value:.2f} times that of real images")
+    own_clipped, own_contrast = (record.get(f"val/guidance.1/{q}") for q in ("clipped_share", "contrast_ratio"))
+    told = {}
+    if clipped is not None:
+        real, own = clipped.null or 0.0, 0.0 if own_clipped is None else own_clipped.value
+        if clipped.value > max(real, own) + limits["clipped"]:
+            told["clipped_share"] = f"{clipped.value:.0%} of pixels are clipped, of real ones {real:.0%}"
+            told["clipped_share"] += f", without guidance {own:.0%}" if own > real else ""
+    if contrast is not None:
+        own = 1.0 if own_contrast is None else max(1.0, own_contrast.value)
+        if contrast.value > limits["contrast"] * own:
+            told["contrast_ratio"] = f"their contrast is {contrast.value:.2f} times that of real images"
     if diversity is not None and _end(record, f"val/guidance.{w:g}/diversity", "high") < limits["diversity"]:
-        told.append(f"they differ {diversity.value:.0%} as much as real images do")
+        told["diversity"] = f"they differ {diversity.value:.0%} as much as real images do"
     return told
 
 
@@ -363,7 +383,7 @@ def round_trip_ceiling(record: Record, limits: Limits) -> Iterator[Finding]:
 def high_noise_starved(record: Record, limits: Limits) -> Iterator[Finding]:
     """The weighting of the loss, or the choice of t, leaves some bins of log-SNR untrained.
 
-    Seen by the bin's share beside an even one, where the held-out loss in it is no better than the best constant's.
+    Seen by the bin's share beside an even one, where the held-out loss in it is no better than its null.
     """
     starved, untaught = {}, False
     for name, s in record.matching("train/log_snr.*/weight").items():
@@ -380,15 +400,80 @@ def high_noise_starved(record: Record, limits: Limits) -> Iterator[Finding]:
             "fail" if untaught else "warning",
             f"{len(starved)} bins of log-SNR from {min(starved):g} to {max(starved):g} have less than "
             f"{limits['share']:.0%} of an even share in the loss; that at {worst:g} has {starved[worst]:.2%}"
-            + (", and it is no better there than a constant." if untaught else "."),
+            + (", and nothing has been learnt there." if untaught else "."),
             {"log_snr": worst, "share": starved[worst]},
             remedies("weight the loss of v evenly over log-SNR", "draw t evenly over log-SNR", wait=1000),
             step=record.last_step,
         )
 
 
+@rule(
+    id="null-mismatch",
+    concerns=("diffusion",),
+    source="Ho & Salimans 2022, table 1",
+    case="D",
+    needs=("val/guidance/used",),
+    log="the weight that samples are drawn with as val/guidance/used, beside condition.drop of the configuration",
+    limits={"seldom": 0.02, "often": 0.5},
+)
+def null_mismatch(record: Record, limits: Limits) -> Iterator[Finding]:
+    """Guidance compares two branches, and one of them was hardly trained, or never.
+
+    Seen by the share of conditions that were dropped in training, beside the weight that samples are drawn with.
+    """
+    told, used = record.config.get("condition") or {}, record.get("val/guidance/used")
+    if told.get("by", "none") == "none" or used is None:
+        return
+    drop, weight = float(told["drop"]), used.value
+    evidence = {"drop": drop, "guidance": weight}
+    again = remedies("drop the condition of 10 to 20 % of the items: --condition.drop 0.15")
+    severity: Severity = "fail"
+    message = ""
+    if drop == 1:
+        message = "Every condition is dropped in training, so the network learns nothing of them."
+    elif weight != 1 and drop == 0:
+        message = f"No condition is dropped in training, but guidance {weight:g} asks the network without one."
+    elif drop > limits["often"] or (weight != 1 and drop < limits["seldom"]):
+        seldom = "with a condition" if drop > limits["often"] else "without one"
+        message = f"{drop:.1%} of conditions are dropped in training: the network is seldom trained {seldom}."
+        severity = "warning"
+    if message:
+        yield Finding("null-mismatch", severity, message, evidence, again, step=int(used.steps[-1]))
+
+
+@rule(
+    id="schedule-mismatch",
+    concerns=("diffusion",),
+    source="Lin et al. 2023, table 1",
+    case="D: t = 700 of 500; √SNR .068",
+    needs=("train/noise/terminal_snr",),
+    log="the SNR of the last noise level as train/noise/terminal_snr",
+    limits={"snr": 1e-5},
+)
+def schedule_mismatch(record: Record, limits: Limits) -> Iterator[Finding]:
+    """Sampling starts from pure noise, and the last level that was trained on is none.
+
+    Seen by its SNR, 0 for pure noise. What is left there, above all of the mean brightness, which averages over all
+    pixels, is then missing from samples. A t beyond the schedule, or another schedule, is refused.
+    """
+    last = record.get("train/noise/terminal_snr")
+    if last is not None and last.value > limits["snr"]:
+        left = (last.value / (1 + last.value)) ** 0.5
+        yield Finding(
+            "schedule-mismatch",
+            "warning",
+            f"Sampling starts from pure noise, but the last noise level has an SNR of {last.value:.2g}: {left:.2g} of "
+            "an image's standard deviation is left there, enough to tell bright images from dark ones.",
+            {"snr": last.value, "left": left},
+            remedies("a cosine schedule", "rescale the schedule to zero terminal SNR, and predict v", wait=1000),
+            step=record.last_step,
+        )
+
+
 RULES: tuple[Rule, ...] = (
     condition_ignored,
+    null_mismatch,
+    schedule_mismatch,
     high_noise_starved,
     over_stylised,
     unfaithful,

@@ -57,20 +57,19 @@ def term_dominates(record: Record, limits: Limits) -> Iterator[Finding]:
     """One loss term's gradient dwarfs or opposes all others.
 
     Seen by its share of the summed gradient norms, weights applied, and its cosine with the sum of the others, on the
-    parameters that they share; an equal share is 1 / number of terms.
+    parameters that they share; an equal share is 1 / number of terms. Where the others are a KL alone, which is to be
+    small beside what it regularises, there is nothing to judge.
     """
     shares = record.matching("train/term.*/gradient_share")
+    rivals = [name for name in shares if "kl" not in name]
     for name, s in shares.items():
+        if len(shares) < 2 or [name] == rivals:
+            continue
         term, late = name.split("/")[1].removeprefix("term."), s.values[len(s) // 2 :]
         cosine = record.get(f"train/term.{term}/gradient_cosine")
         against = cosine is not None and float(np.median(cosine.values[len(cosine) // 2 :])) < limits["cosine"]
         share = float(np.median(late))
-        if (
-            len(shares) > 1
-            and len(late) > 1
-            and record.settled(s)
-            and share > limits["opposed" if against else "share"]
-        ):
+        if len(late) > 1 and record.settled(s) and share > limits["opposed" if against else "share"]:
             evidence = {"share": share, "equal_share": 1 / len(shares)}
             yield Finding(
                 "term-dominates",

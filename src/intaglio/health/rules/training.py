@@ -42,7 +42,11 @@ def rolling_median(x: np.ndarray, width: int) -> np.ndarray:
     """Median of the ``width`` values around each one, fewer at the ends; the same length as ``x``."""
     half = width // 2
     framed = np.concatenate([np.full(half, np.nan), x, np.full(half, np.nan)])
-    return np.nanmedian(sliding_window_view(framed, 2 * half + 1), axis=1) if len(x) else x
+    if not len(x):
+        return x
+    windows = np.sort(sliding_window_view(framed, 2 * half + 1), axis=1)  # NaN last
+    row, count = np.arange(len(x)), (~np.isnan(windows)).sum(1)
+    return (windows[row, (count - 1) // 2] + windows[row, count // 2]) / 2  # np.nanmedian takes many times as long
 
 
 WINDOWS = 200

@@ -1,62 +1,36 @@
-"""Proofs: pictures that show what a multimodal model has learnt, pulled without changing the model.
+"""Proofs of a multimodal model: what an image and its caption keep of each other. The items are the same at every
+step."""
 
-The items are the same at every step. ``proofs.json`` beside the pictures says in words what each shows, and what was
-skipped and why.
-"""
-
-import json
 from collections import Counter
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from intaglio.data.prepare import Prepared
+from intaglio.data.prepare import Captioned
 from intaglio.models.multimodal import MultimodalModel, interpolate
 from intaglio.models.networks import DocumentedNetwork
+from intaglio.reports.proofs.pull import AFTER_TRAINING, pull
 from intaglio.reports.sheet import FAINT, MARGIN, RIGHT, WIDTH, WRONG, Sheet
 
 GALLERY = 256
-AFTER_TRAINING = "made when training has ended"
 
-Maker = Callable[[MultimodalModel, Prepared], Sheet]
+Maker = Callable[[MultimodalModel, Captioned], Sheet]
 
 
-def make_proofs(model: MultimodalModel, prepared: Prepared, folder: Path, quick: bool = False) -> list[Path]:
+def make_proofs(model: MultimodalModel, prepared: Captioned, folder: Path, quick: bool = False) -> list[Path]:
     """Writes the pictures and ``proofs.json`` into ``folder``; returns the pictures.
 
-    ``quick`` makes the reconstructions only, in about a second. Random number generators and every module's train or
-    eval mode are left as they were found.
+    ``quick`` makes the reconstructions only, in about a second.
     """
-    folder.mkdir(parents=True, exist_ok=True)
-    training = [module for module in model.modules() if module.training]
-    model.eval()
-    made: dict[str, Sheet] = {}
-    skipped: dict[str, str] = {}
-    try:
-        for name, make in MAKERS.items():
-            reason = _why_not(name, model, prepared, quick)
-            if reason:
-                skipped[name] = reason
-            else:
-                made[name] = make(model, prepared)
-    finally:
-        for module in training:
-            module.training = True
-    for name, sheet in made.items():
-        sheet.save(folder / f"{name}.png")
-    told = {
-        f"{name}.png": {"title": sheet.title, "look_for": sheet.look_for, "told": sheet.told}
-        for name, sheet in made.items()
-    }
-    record = json.dumps({"pictures": told, "skipped": skipped}, indent=2, ensure_ascii=False)
-    (folder / "proofs.json").write_text(record + "\n", encoding="utf-8")
-    return [folder / name for name in told]
+    makers = {name: partial(make, model, prepared) for name, make in MAKERS.items()}
+    return pull(model, makers, lambda name: _why_not(name, model, prepared, quick), folder)
 
 
-def reconstructions(model: MultimodalModel, prepared: Prepared) -> Sheet:
+def reconstructions(model: MultimodalModel, prepared: Captioned) -> Sheet:
     """Ten held-out images above what is decoded from their latents: an image and a caption."""
     items = prepared.some("val", 10)
     z, corpus = model.encode(prepared.data.images[items]), prepared.corpus
@@ -90,7 +64,7 @@ def reconstructions(model: MultimodalModel, prepared: Prepared) -> Sheet:
     return sheet
 
 
-def samples(model: MultimodalModel, prepared: Prepared) -> Sheet:
+def samples(model: MultimodalModel, prepared: Captioned) -> Sheet:
     """Sixteen images and captions from the prior, seeds 0 to 15."""
     made = model.generate(range(16))
     sheet = Sheet(
@@ -114,7 +88,7 @@ def _captioned(sheet: Sheet, images: np.ndarray, captions: Sequence[str], names:
         sheet.told.append(f"{name}: “{said}”.")
 
 
-def interpolation(model: MultimodalModel, prepared: Prepared) -> Sheet:
+def interpolation(model: MultimodalModel, prepared: Captioned) -> Sheet:
     """Rows between the latents of two held-out images."""
     items = prepared.some("val", 6)
     pairs = items[: len(items) // 2 * 2].reshape(-1, 2)
@@ -142,7 +116,7 @@ def interpolation(model: MultimodalModel, prepared: Prepared) -> Sheet:
     return sheet
 
 
-def retrieval(model: MultimodalModel, prepared: Prepared) -> Sheet:
+def retrieval(model: MultimodalModel, prepared: Captioned) -> Sheet:
     """Four true captions of held-out items, each with the five images that the model puts first."""
     items = prepared.some("val", GALLERY)
     n, images = len(items), prepared.data.images[items]
@@ -187,7 +161,7 @@ MAKERS: dict[str, Maker] = {
 }
 
 
-def _why_not(name: str, model: MultimodalModel, prepared: Prepared, quick: bool) -> str | None:
+def _why_not(name: str, model: MultimodalModel, prepared: Captioned, quick: bool) -> str | None:
     """Why a proof cannot be made, or None."""
     if quick and name != "reconstructions":
         return AFTER_TRAINING
