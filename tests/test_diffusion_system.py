@@ -14,11 +14,13 @@ from test_resume import differing, model, rates, rows, same, state
 
 import intaglio
 from intaglio.api import load_model
+from intaglio.bench.shapes import write_shapes
 from intaglio.cli import main
 from intaglio.history.run_folder import RunFolder
 from intaglio.models.diffusion import DiffusionModel
 from intaglio.sampling.diffusion import Sampler
 from intaglio.sampling.guidance import Guidance
+from intaglio.training.kinds import kind_of
 
 COMMON = [
     *("--train.steps=20", "--train.batch_size=8", "--train.log_every=1", "--train.validate_every=5", "--train.keep=9"),
@@ -182,7 +184,7 @@ def test_what_cannot_be_done_is_refused_with_what_to_do(pixels, words, said, tmp
         ("diffusion-small", ["--noise.zero_terminal_snr=true", "--loss.prediction=epsilon"], "use v, x0 or flow"),
         (
             "diffusion-small",
-            ["--model.network=documented", "--condition.by=none"],
+            ["--model.network=documented", "--model.patch=1", "--condition.by=none"],
             "the documented network must be told something",
         ),
         ("diffusion-small", ["--sampling.steps=501"], "steps from 1 to 500"),
@@ -257,6 +259,42 @@ def test_out_of_memory_says_which_batch_takes_the_same_steps(tmp_path):
 def test_a_poor_autoencoder_is_told_before_anything_is_trained_on_it(latents):
     notices = latents.record["notices"]
     assert any("no sample can be better" in notice for notice in notices)
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--loss.prediction=x0"], "was trained with another loss.prediction"),
+        (["--data.image_size=32"], "was trained with another data.image_size"),
+        (["--model.blocks=2"], "was trained with another model than this recipe"),
+    ],
+)
+def test_what_does_not_fit_the_weights_is_not_fine_tuned(pixels, words, said, tmp_path):
+    with pytest.raises(ValueError, match=said):
+        run("diffusion-small", tmp_path, *words, parent=pixels.path)
+    with pytest.raises(ValueError, match="is a run of diffusion, and autoencoder-small is a recipe of autoencoder"):
+        run("autoencoder-small", tmp_path, parent=pixels.path)
+
+
+def test_classes_that_were_not_learnt_are_not_fine_tuned(pixels, tmp_path):
+    words = (f"--data.source={write_shapes(tmp_path / 'shapes', 60)}", "--data.items=null")
+    with pytest.raises(ValueError, match=r"classes that the model has not learnt \(bar, circle, square\)"):
+        run("diffusion-small", tmp_path / "runs", *words, parent=pixels.path)
+
+
+def test_conditions_are_exchanged_whatever_the_order_of_the_items(pixels):
+    """Classes lie in order in a folder: the first rows of a probe would all be told the same."""
+    kind = kind_of(pixels.config())
+    prepared = kind.prepare(None, load_model(pixels.path), None, lambda line: None)
+    system = kind.build(prepared, load_model(pixels.path)).eval()
+    items = np.array(sorted(range(120), key=lambda i: prepared.data.labels[i]))
+    batch = prepared.data.batch(items, np.zeros(120, np.int64))
+    other, apart = system._others(batch)
+    assert bool(apart.all())
+    assert bool((batch.labels[other] != batch.labels).all())
+    alike = batch._replace(labels=torch.zeros_like(batch.labels))
+    with torch.no_grad():
+        assert "told the same" in system.read(alike)["val/condition"]["permuted_loss"].reason
 
 
 def test_health_changes_no_weight(pixels, tmp_path):

@@ -223,6 +223,8 @@ def _denoised(
 ) -> Drawn:
     if label is not None and text is not None:
         raise ValueError("Ask for a class or for a text, not for both.")
+    if weight not in (None, 1.0) and model.prompts is not None and text is None:
+        raise ValueError("--cfg drives images to a text: give one with --text.")
     names = [label] if label is not None else [] if text is not None else list(model.classes)
     weight = model.usual_guidance(bool(names or text is not None)).weight if weight is None else weight
     guidance = Guidance(weight, (interval[0], interval[1]) if interval else None, rescale=rescale)
@@ -230,7 +232,7 @@ def _denoised(
     for at in range(0, len(seeds), BATCH):
         part = seeds[at : at + BATCH]
         texts = [text] * len(part) if text is not None else None
-        classes = [names[(at + k) % len(names)] for k in range(len(part))] if names else None
+        classes = [names[s % len(names)] for s in part] if names else None
         kind, shown = ("label", classes) if classes is not None else ("caption", texts or [""] * len(part))
         images = model.generate(part, classes, texts, guidance, sampler)
         yield images, [{kind: what, "seed": s, **common} for s, what in zip(part, shown, strict=True)]

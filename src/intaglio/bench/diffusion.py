@@ -13,6 +13,9 @@ from intaglio import config as configuration
 from intaglio.bench import Result
 from intaglio.history.run_folder import RunFolder
 
+RESOLVED = {f"train.{key}" for key in ("device", "precision", "validate_every", "checkpoint_every", "epochs")}
+"""What a run's configuration says more exactly than its recipe."""
+
 
 def measure(photos: str | None = None) -> tuple[list[Result], dict[str, Any]]:
     """Trains the recipes as they stand, one after another, and reads their held-out numbers."""
@@ -45,14 +48,14 @@ def _run(recipe: str, words: Sequence[str] = ()) -> RunFolder:
     from intaglio.api import train
 
     folder = RunFolder(Path("runs") / recipe)
-    if (folder.path / "evaluation.json").is_file():
+    if folder.path.is_dir() and not (folder.path / "evaluation.json").is_file():
+        raise ValueError(f"{folder.path} is unfinished: intaglio train --resume {folder.path}, or remove it.")
+    if folder.path.is_dir():
         wanted, there = configuration.load(recipe, words), folder.config()
-        apart = {key for key in configuration.diff(wanted, there) if not key.startswith("train.")}
-        if not apart and wanted.train.steps == there.train.steps:
+        apart = sorted(configuration.diff(wanted, there).keys() - RESOLVED)
+        if not apart:
             return folder
-        raise ValueError(
-            f"{folder.path} is of another configuration than {recipe} ({', '.join(sorted(apart))}); move it."
-        )
+        raise ValueError(f"{folder.path} is of another configuration than {recipe} ({', '.join(apart)}); move it away.")
     trained = train(recipe, words)
     assert trained is not None
     return trained

@@ -63,23 +63,23 @@ def measure() -> tuple[list[Result], dict[str, Any]]:
 
 def counted(runs: list[dict[str, Any]]) -> tuple[list[Result], dict[str, Any]]:
     """The results of all runs that ``one`` gave."""
-    count = len(runs)
+    count, able = len(runs), [r["able"] for r in runs if r["able"] is not None]
     results = [
-        Result("runs whose model does what it was trained for", count, sum(r["able"] for r in runs), n=count),
+        Result("runs whose model does what it was trained for", len(able), sum(able), n=len(able)),
         Result("runs with a failing finding", 0, sum(bool(r["fail"]) for r in runs), better="lower", n=count),
     ]
     return results, {"warned": sum(bool(r["warning"]) for r in runs), "runs": runs}
 
 
 def one(recipe: str, place: Path, name: str, words: list[str], able_by: Sequence[str]) -> dict[str, Any]:
-    """Trains a run, unless it is there, and judges it; it is able where every reading of ``able_by`` beats its null."""
+    """Trains a run, unless it is there, and judges it; able is whether ``able_by`` beat their nulls."""
     trained = (place / name / "evaluation.json").is_file()
     folder = RunFolder(place / name) if trained else train(recipe, [*words, *_called(place, name)], quiet=True)
     assert folder is not None
     found = diagnose_run(folder.path)
     readings = json.loads((folder.path / "evaluation.json").read_text(encoding="utf-8"))["readings"]
     accused = {s: sorted({f.rule for f in found.findings if f.severity == s}) for s in ("fail", "warning")}
-    able = all(_lower(readings[name]) > readings[name]["null"] for name in able_by)
+    able = all(_lower(readings[name]) > readings[name]["null"] for name in able_by) if able_by else None
     measured = {name: round(readings[name]["value"], 4) for name in able_by}
     seconds = round(folder.record["train_seconds"], 1)
     return {"verdict": found.verdict, **accused, "able": able, **measured, "train_seconds": seconds}

@@ -132,15 +132,17 @@ def _caption(a: Arguments) -> int:
 def _generate(a: Arguments) -> int:
     from intaglio.api import generate, prove
 
+    options = ("temperature", "guidance", "label", "interval", "rescale", "sampler", "steps", "eta")
+    given = {k: getattr(a, k) for k in options if getattr(a, k) is not None}
     if a.all_proofs:
+        if given or a.text or (a.n, a.seed) != (16, 0):
+            raise ValueError("--all-proofs makes the run's own pictures: of the other options it takes --out alone.")
         pictures = prove(a.run, a.out)
         if a.json:
             print_json({"folder": a.out, "pictures": [str(path) for path in pictures]})
         else:
             print("\n".join(map(str, pictures)))
         return 0
-    options = ("temperature", "guidance", "label", "interval", "rescale", "sampler", "steps", "eta")
-    given = {k: getattr(a, k) for k in options if getattr(a, k) is not None}
     rows = generate(a.run, a.out, a.n, a.seed, a.text, **given)
     if a.json:
         print_json({"folder": a.out, "images": rows})
@@ -293,7 +295,7 @@ def _parser() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentParse
     p.add_argument("--interval", type=float, nargs=2, metavar="LOG_SNR", help="of diffusion: guide between these only")
     p.add_argument("--rescale", type=float, help="of diffusion: draws guided contrast back, 0 to 1")
     p.add_argument("--sampler", choices=("ddim", "ddpm", "heun", "dpm-solver++"), help="of diffusion (dpm-solver++)")
-    p.add_argument("--steps", type=int, help="of diffusion: times that the network is asked (20)")
+    p.add_argument("--steps", type=int, help="of the sampler of diffusion (20)")
     p.add_argument("--eta", type=float, help="of ddim and ddpm: share of fresh noise, 0 to 1")
     p.add_argument("--temperature", type=float, help="of multimodal: spread of the latents (0.8)")
     p.add_argument("--all-proofs", action="store_true", help="instead: make every proof of the run anew, into --out")

@@ -127,6 +127,8 @@ def _diffusion_faults(config: DiffusionConfig) -> Iterator[str]:
         yield f"model.attention is {list(m.attention)}; the levels of model.widths are 0 to {len(m.widths) - 1}."
     if not 0 <= m.dropout < 1:
         yield f"model.dropout is {m.dropout}; use a share in [0, 1), such as 0.1."
+    if m.network == "documented" and m.patch > 1:
+        yield "model.patch has no effect on the documented network: set it to 1."
     if m.network == "documented" and c.by == "none":
         yield "condition.by is none, but the documented network must be told something: set condition.by to class."
     if m.patch > 1 and config.data.image_size % m.patch:

@@ -356,7 +356,7 @@ class SamplingConfig:
     Args:
         guidance: weight w of classifier-free guidance; 1 is none.
         method: ``ddim``, ``ddpm``, ``heun`` or ``dpm-solver++``.
-        steps: times that the network is asked.
+        steps: of the sampler, each of which asks the network once (heun twice).
         each: samples of each class, at each weight, that the classifier judges when training ends.
     """
 

@@ -106,7 +106,7 @@ class Pictures:
         return self._batch(items, draw, mirrored)
 
     def _batch(self, items: np.ndarray, draw: np.ndarray, mirrored: np.ndarray) -> PictureBatch:
-        rows = self.first[items] + draw % np.maximum(1, self.first[items + 1] - self.first[items])
+        rows = self.first[items] + draw % (self.first[items + 1] - self.first[items])
         prompts = self.prompts[rows].astype(np.int64)
         return PictureBatch(
             torch.from_numpy(self._x(items, mirrored)),

@@ -124,11 +124,26 @@ def prepare(
 
 
 def prepare_pictures(
-    config: PictureDataConfig, seed: int, progress: Progress | None = None, prompts: Prompts | None = None
+    config: PictureDataConfig,
+    seed: int,
+    progress: Progress | None = None,
+    prompts: Prompts | None = None,
+    classes: Sequence[str] = (),
 ) -> Prepared:
-    """Reads and splits; captions are encoded by ``prompts`` where there are some."""
+    """Reads and splits; captions are encoded by ``prompts`` where there are some.
+
+    Labels are numbered as in ``classes``, those of a model that goes on learning, or else in the corpus's order.
+
+    Raises:
+        ValueError: images have a class that is none of ``classes``.
+    """
     corpus, sides, record = _read(config, seed, progress, captioned=prompts is not None)
-    names = {name: k for k, name in enumerate(corpus.labels())}
+    names = {name: k for k, name in enumerate(classes or corpus.labels())}
+    if strangers := sorted(set(corpus.labels()) - names.keys()):
+        raise ValueError(
+            f"{config.source} has classes that the model has not learnt ({', '.join(strangers[:8])}); it knows "
+            f"{', '.join(names)}. Train anew on this data, or leave these images out."
+        )
     labels = np.array([names.get(corpus.label(i) or "", -1) for i in range(len(corpus))])
     first, rows = np.arange(len(corpus) + 1), np.zeros((len(corpus), 0), np.int64)
     if prompts is not None:

@@ -5,7 +5,6 @@ Shapes: B batch, S image side, C × H × W of what is denoised: pixels in [−1,
 
 import difflib
 import io
-import json
 from collections.abc import Iterator, Sequence
 from contextlib import redirect_stdout
 from pathlib import Path
@@ -329,8 +328,3 @@ def open_diffusion(folder: Path) -> DiffusionModel:
             f"The model in {folder} cannot be read ({' '.join(str(error).split())[:300]}); finish the run, or copy it "
             "whole."
         ) from error
-
-
-def arguments(folder: Path) -> dict[str, Any]:
-    """What a saved model was built with."""
-    return json.loads((folder / "config.json").read_text(encoding="utf-8"))

@@ -115,7 +115,9 @@ class DiffusionSystem(System):
             std_K = x0.std((0, 2, 3), correction=0)
             found |= {f"val/latent.{k}": {"scaled_std": Reading(float(s), 1.0)} for k, s in enumerate(std_K)}
             found["val/latent"] = {"clamped_share": moments.cut_share(x0.transpose(0, 1).flatten(1))}
-        few = type(batch)(*(part[:TRIED] for part in batch))
+        count = len(batch.labels)
+        spread = torch.arange(min(TRIED, count), device=batch.labels.device) * count // min(TRIED, count)
+        few = type(batch)(*(part[spread] for part in batch))  # of all the probe: items may lie in order of their class
         condition = self.condition(few)
         if condition is None:
             return found | {"val/condition": {"permuted_loss": NotMeasured("nothing is told to the network")}}
@@ -124,10 +126,12 @@ class DiffusionSystem(System):
 
     def _obedience(self, batch: PictureBatch, condition: Condition) -> dict[str, Measured]:
         """What another item's condition changes of the prediction, and costs, at the same noise."""
+        apart = self._others(batch)[1]
+        if not apart.any():
+            return {"permuted_loss": NotMeasured("all held-out items that were tried are told the same")}
+        batch, condition = type(batch)(*(part[apart] for part in batch)), condition.rows(apart)
         x0 = self.model.standard(batch.x)
-        if len(x0) < 2:
-            return {"permuted_loss": NotMeasured("it takes two held-out items to exchange conditions")}
-        t_B, noise, other = self.fixed(len(x0)), self._fixed_noise(x0), self._others(batch)
+        t_B, noise, other = self.fixed(len(x0)), self._fixed_noise(x0), self._others(batch)[0]
         a, s = self.model.schedule.at(t_B, x0)
         own, strange = (
             torch.cat([self.model.predict(x, t, told.rows(i)).float() for x, t, i in _parts(a * x0 + s * noise, t_B)])
@@ -141,13 +145,14 @@ class DiffusionSystem(System):
             "permuted_loss": ratio(costs[1] - costs[0], costs[0], 0.0),
         }
 
-    def _others(self, batch: PictureBatch) -> Tensor:
-        """For each item, the next one that is told something else, (B,); itself where there is none."""
-        told = batch.prompts.reshape(len(batch.labels), -1) if self.model.prompts is not None else batch.labels[:, None]
+    def _others(self, batch: PictureBatch) -> tuple[Tensor, Tensor]:
+        """For each item the next one that is told something else, (B,), and whether there is one, (B,)."""
+        texts = self.model.prompts is not None
+        told = batch.prompts.reshape(len(batch.labels), -1) if texts else batch.labels[:, None]
         apart = (told[:, None] != told[None]).any(2)
         places = torch.arange(len(told), device=told.device)
         ahead = (places[None] - places[:, None]) % len(told)
-        return torch.where(apart, ahead, len(told)).argmin(1)
+        return torch.where(apart, ahead, len(told)).argmin(1), apart.any(1)
 
     def decided(self) -> dict[str, Mapping[str, Reading]]:
         """What the configuration alone decides: each bin's share in the loss, and what the last level's SNR is."""
@@ -245,7 +250,7 @@ def arguments(
 
 
 def _sampling(config: DiffusionConfig) -> dict[str, Any]:
-    return {k: getattr(config.sampling, k) for k in ("guidance", "method", "steps")}
+    return {k: getattr(config.sampling, k) for k in SAMPLED}
 
 
 def variance(model: DiffusionModel, prepared: Prepared, items: int = 1024) -> Tensor:

@@ -61,12 +61,13 @@ def evaluate(model: DiffusionModel, prepared: Prepared, judge: Judge | str, each
         if model.conditional:
             found |= {f"val/guidance.{weight:g}/{k}": m for k, m in obeyed(judge, made, asked.labels).items()}
         found |= {f"val/guidance.{weight:g}/{k}": m for k, m in extremes(real, made).items()}
-        found[f"val/guidance.{weight:g}/diversity"] = variety(judge, real, labels, made, asked.labels)
+        kinds = (labels, asked.labels) if model.conditional else ([""] * len(real), [""] * len(made))
+        found[f"val/guidance.{weight:g}/diversity"] = variety(judge, real, kinds[0], made, kinds[1])
         if weight == used:
             found |= {f"val/samples/{k}": m for k, m in nearness(judge, prepared, features, made).items()}
     if model.autoencoder is not None:
         back = np.concatenate([model.to_images(model.to_x(real[at : at + 64])) for at in range(0, len(real), 64)])
-        found["val/round_trip/frechet_distance"] = samples.frechet_distance(features, judge.features(back))
+        found["val/round_trip/frechet_distance"] = samples.frechet_distance(features, judge.features(back), paired=True)
     return Evaluation.of(found)
 
 
@@ -77,7 +78,9 @@ def wanted(model: DiffusionModel, prepared: Prepared, labels: Sequence[str], eac
         return Asked(turns if model.classes else None, None, turns)
     by_label: dict[str, list[str]] = {name: [] for name in labels}
     for i in prepared.splits["val"]:
-        by_label[prepared.corpus.label(int(i)) or labels[0]].append(prepared.corpus.captions(int(i))[0])
+        name = prepared.corpus.label(int(i))
+        if name in by_label:
+            by_label[name].append(prepared.corpus.captions(int(i))[0])
     turns = [name for name in turns if by_label[name]]
     counts = {name: 0 for name in labels}
     texts = []
@@ -110,10 +113,11 @@ def extremes(real: np.ndarray, made: np.ndarray) -> dict[str, Measured]:
 def variety(
     judge: Judge, real: np.ndarray, real_labels: Sequence[str | None], made: np.ndarray, labels: Sequence[str]
 ) -> Measured:
-    """Mean over classes of the diversity within one, over that of real images; the interval adds theirs in squares."""
+    """Mean over classes (one, where nothing was asked for) of the diversity within, over that of real images; the
+    interval adds theirs in squares."""
     each: list[Reading] = []
     a, b = judge.features(real), judge.features(made)
-    for name in judge.labels:
+    for name in sorted(set(labels)):
         ours, theirs = (_rows(known, name) for known in (labels, real_labels))
         found = samples.diversity(a[theirs], b[ours]) if ours.any() and theirs.any() else None
         if isinstance(found, Reading):
@@ -133,7 +137,9 @@ def nearness(judge: Judge, prepared: Prepared, real: Tensor, made: np.ndarray) -
     """Distances between the sets, and whether what was drawn lies nearer to the training items than new images do."""
     drawn = judge.features(made)
     images, some = prepared.data.images, prepared.splits["train"]
-    train = torch.cat([judge.features(images[some[at : at + 1024]]) for at in range(0, len(some), 1024)])
+    mirrors = (False, True) if getattr(prepared.data, "flips", False) else (False,)  # as they were trained on
+    parts = [(images[some[at : at + 1024]], mirror) for mirror in mirrors for at in range(0, len(some), 1024)]
+    train = torch.cat([judge.features(x[:, :, ::-1] if mirror else x) for x, mirror in parts])
     return {
         "frechet_distance": samples.frechet_distance(real, drawn),
         "kernel_distance": samples.kernel_distance(real, drawn),

@@ -83,6 +83,11 @@ def train(
                 slower.append(f"--optim.floor={config.optim.floor / 10}")
             config = configuration.load(recipe or source.path / "config.yaml", [*overrides, *slower])
             say(f"fine-tuning at a tenth of the rate: {config.optim.rate:g}; --optim.rate sets another")
+        if source.record["system"] != config.system:
+            raise ValueError(
+                f"{source.path} is a run of {source.record['system']}, and {recipe} is a recipe of {config.system}: "
+                f"fine-tune with its own recipe, intaglio train --from {source.path}"
+            )
         model = of_run(source)
         kind_of(config).refuse_other_shape(model, source)
     elif recipe is None:

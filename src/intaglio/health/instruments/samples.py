@@ -29,13 +29,14 @@ CLOSEST = 0.01
 """Share of held-out images that lie so close to a training image that generated ones there count as copies."""
 
 
-def frechet_distance(real: Tensor, generated: Tensor) -> Measured:
+def frechet_distance(real: Tensor, generated: Tensor, paired: bool = False) -> Measured:
     """‖μ₁ − μ₂‖² + tr(Σ₁ + Σ₂ − 2(Σ₁Σ₂)^½) of features (N, d), (M, d) (Heusel et al. 2017, eq. 6); 0 is the same.
 
     It is biased upwards, the more so the smaller N/d. Null: of real images against other real ones, at the same N; N
     generated images are compared with those of the real set that the null leaves, and both averaged over 4 splits.
+    ``paired``: generated image i was made from real image i, which is then never among those it is compared with.
     """
-    return _against_halves(real, generated, _frechet)
+    return _against_halves(real, generated, _frechet, paired=paired)
 
 
 def _frechet(x_Nd: Tensor, y_Md: Tensor) -> float:
@@ -188,8 +189,12 @@ def _against_halves(
     compare: Callable[[Tensor, Tensor], float],
     counts: bool = False,
     even: bool = False,
+    paired: bool = False,
 ) -> Measured:
-    """``compare(N generated, the other real ones)``; null: with N real ones in their place. ``even``: N others, too."""
+    """``compare(N generated, the other real ones)``; null: with N real ones in their place. ``even``: N others, too.
+
+    ``paired``: the generated ones are those made from the N real ones.
+    """
     both = _described(real, generated, LEAST)
     if isinstance(both, NotMeasured):
         return both
@@ -202,7 +207,7 @@ def _against_halves(
     for _ in range(SPLITS):
         order, drawn = torch.randperm(len(x), generator=generator), torch.randperm(len(y), generator=generator)[:n]
         stand_in, others = x[order[:n]], x[order[n : 2 * n if even else None]]
-        values.append(compare(y[drawn], others))
+        values.append(compare(y[order[:n] if paired else drawn], others))
         nulls.append(compare(stand_in, others))
     value, null = float(np.mean(values)), float(np.mean(nulls))
     if not counts:

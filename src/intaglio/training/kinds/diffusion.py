@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from intaglio import config as configuration
 from intaglio.config import DiffusionConfig
 from intaglio.data.batches import Pictures
 from intaglio.data.cache import cache_folder
@@ -21,7 +22,7 @@ from intaglio.history.run_folder import RunFolder
 from intaglio.models.autoencoder import Autoencoder, open_autoencoder, round_trip
 from intaglio.models.classifier import Judge
 from intaglio.models.diffusion import DiffusionModel
-from intaglio.models.prompts import Prompts, open_prompts, rebuilt
+from intaglio.models.prompts import PromptEncoder, Prompts, open_prompts, rebuilt
 from intaglio.reports.proofs.diffusion import make_proofs
 from intaglio.reports.proofs.pull import UNMEASURED, WHILE_TRAINING
 from intaglio.systems import diffusion
@@ -63,12 +64,18 @@ class DiffusionKind(Kind):
             def encode(texts: Any) -> np.ndarray:
                 return prompts.ids(texts).numpy()
 
-        prepared = prepare_pictures(config.data, config.seed, progress, encode)
+        classes = model.classes if model is not None else ()
+        prepared = prepare_pictures(config.data, config.seed, progress, encode, classes)
+        self._tell_texts(prepared)
         self._refuse_unlabelled(prepared)
         if self.autoencoder is None:
             return prepared
+        before = self.autoencoder.device
+        self.autoencoder.to("cuda" if config.train.device == "cuda" else before)
         self._tell_round_trip(self.autoencoder, prepared, say)
-        return self._in_latents(prepared, self.autoencoder, say)
+        prepared = self._in_latents(prepared, self.autoencoder, say)
+        self.autoencoder.to(before)
+        return prepared
 
     def saved(self, prepared: Prepared) -> dict[str, Any]:
         return {
@@ -104,6 +111,16 @@ class DiffusionKind(Kind):
         return open_prompts(
             Path(config.condition.encoder), [text for i in range(len(corpus)) for text in corpus.captions(i)]
         )
+
+    def _tell_texts(self, prepared: Prepared) -> None:
+        """Counts, for the notices, captions that the text encoder cuts and pieces that it does not know."""
+        if self.prompts is None:
+            return
+        texts = [text for i in range(len(prepared.corpus)) for text in prepared.corpus.captions(i)]
+        length = self.prompts.text_length if isinstance(self.prompts, PromptEncoder) else self.prompts.length
+        cut, unknown = self.prompts.truncated(texts), self.prompts.unknown(texts)
+        told = {"captions": len(texts), "captions cut": cut, "text length": length, "unknown tokens": unknown}
+        prepared.record.update(told)
 
     def _refuse_unlabelled(self, prepared: Prepared) -> None:
         if self.config.condition.by != "class":
@@ -167,10 +184,13 @@ class DiffusionKind(Kind):
     def refuse_other_shape(self, model: DiffusionModel, source: RunFolder) -> None:
         theirs = source.config()
         assert isinstance(theirs, DiffusionConfig)
-        for key in ("model", "condition", "noise"):
-            if getattr(theirs, key) != getattr(self.config, key):
+        ours = {name: configuration.to_dict(c) for name, c in (("theirs", theirs), ("ours", self.config))}
+        for key in ("model", "condition", "noise", "loss.prediction", "data.image_size"):
+            section, _, name = key.partition(".")
+            pair = [c[section][name] if name else c[section] for c in ours.values()]
+            if pair[0] != pair[1]:
                 raise ValueError(
-                    f"{source.path} was trained with another {key}.* than this recipe has, so its weights don't fit. "
+                    f"{source.path} was trained with another {key} than this recipe has, so its weights don't fit. "
                     f"Fine-tune with its own recipe: intaglio train --from {source.path} --data.source FOLDER"
                 )
 
