@@ -8,8 +8,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import resume, start, wait_for
+from conftest import ran, resume, start, wait_for
 from PIL import Image
+from test_distributed import agree
 from test_resume import differing, model, rates, rows, same, state
 
 import intaglio
@@ -307,3 +308,15 @@ def test_noise_levels_and_flips_are_of_the_step_alone(pixels):
     again = intaglio.train(pixels.path / "config.yaml", [f"--runs={pixels.path.parent.parent / 'again'}"], quiet=True)
     assert rows(again) == rows(pixels)
     assert torch.equal(*(load_model(x.path).network.enter.weight for x in (again, pixels)))
+
+
+@pytest.mark.parametrize("recipe", ["autoencoder-small", "diffusion-small"])
+def test_two_processes_train_as_one(recipe, tmp_path):
+    """Noise, noise levels and dropped labels are cut from one draw for the global batch."""
+    words = AUTOENCODER if recipe.startswith("autoencoder") else DIFFUSION
+    words = [*words, "--name=a", "--train.steps=6", "--train.validate_items=23", "--health.on=false"]
+    code, said = ran("train", recipe, *words, f"--runs={tmp_path / 'two'}", "--train.devices=2")
+    assert code == 0, said
+    one = intaglio.train(recipe, [*words, f"--runs={tmp_path / 'one'}"], quiet=True)
+    assert one is not None
+    agree(RunFolder(tmp_path / "two" / "a"), one)

@@ -8,8 +8,10 @@ from pathlib import Path
 
 import pytest
 import test_diffusion_system
+import test_jepa_system
 from conftest import TINY, train
 from PIL import Image
+from test_arc_data import raw, written
 
 from intaglio.bench import Result, markdown
 from intaglio.cli import main
@@ -64,8 +66,17 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
         (place / "runs" / f"diffusion-{name}").symlink_to(made.path)
     (place / "runs" / "autoencoder-small").symlink_to(autoencoder.path)
     (place / "DIFFUSION").symlink_to(place / "runs" / "diffusion-small")
+    for side, numbers in (("training", range(40)), ("evaluation", range(40, 52))):
+        written(place / "ARC" / side, {f"task-{k}": raw(k) for k in numbers})
+    written(place, {"task": raw(50)})
+    for name, source in (("jepa-small", ()), ("arc", (f"--data.source={place / 'ARC'}",))):
+        made = test_jepa_system.run(place / name, *test_jepa_system.INFONCE, *source)
+        (place / "runs" / name).symlink_to(made.path)
+    (place / "JEPA").symlink_to(place / "runs" / "jepa-small")
     rows = [f"{50 * k},{2.0 ** (-k / 8) + 0.3:.6f},{2.0 ** (-k / 9) + 0.35:.6f},{k / 60}" for k in range(60)]
     (place / "history.csv").write_text("\n".join(["step,loss,val_loss,quux", *rows]) + "\n")
+    (ablation,) = re.findall(r"```yaml\n(.*?)```", (ROOT / "docs/sweeps.md").read_text(encoding="utf-8"), re.DOTALL)
+    (place / "ablation.yaml").write_text(ablation)
     (place / "plan.yaml").write_text("plan:\n  - {watch: val/loss/total, above: 100}\n")
     return place
 
@@ -83,14 +94,17 @@ def test_command_of_the_docs_works(
     elif words[0] == "train":
         folder = any("FOLDER" in w for w in words)
         ours = {"autoencoder": test_diffusion_system.AUTOENCODER, "diffusion": test_diffusion_system.DIFFUSION}
+        ours["jepa"] = [*test_jepa_system.COMMON, *test_jepa_system.INFONCE]
         system = next((name for name in ours if any(name in w for w in words)), None)
         tiny = [w for w in (ours[system] if system else TINY) if not (folder and w.startswith("--data.items"))]
         words = ["train", *tiny, "--runs=more", *([] if "--print_config" in words else ["--quiet"]), *words[1:]]
         words = ["12" if w == "500" else w for w in words]
+    elif words[0] == "sweep":
+        words += ["--seeds", "0", *test_diffusion_system.AUTOENCODER]
     expected = {1} if words[:2] == ["check", "documented-multimodal"] or words[0] == "evaluate" else {0}
     if words[0] == "diagnose" and "--explain" not in words:
         expected = {0, 1, 3}  # the verdict on a run of twenty steps
-    if words[0] in ("compare", "report"):
+    if words[0] in ("compare", "report", "sweep"):
         expected = {0, 1, 3}
     assert main(words) in expected, capsys.readouterr().err
     out = capsys.readouterr().out
@@ -146,7 +160,7 @@ def test_generated_images_are_an_image_folder_that_is_captioned(place: Path, mon
         (["generate", "RUN", "--n", "0"], "at least 1 image"),
         (["caption", "RUN", "a.png", "--temperature", "0", "--method", "sample"], "temperature"),
         (["caption", "RUN", "a.png", "--seed", "3"], "no effect on greedy"),
-        (["search", "RUN"], "by one of the two"),
+        (["search", "RUN"], "by one of these"),
         (["encode", "RUN", "FOLDER", "--out", "x.npy"], "must end in .safetensors or .parquet"),
         (["interpolate", "RUN", "a.png", "b.png", "--steps", "1"], "at least 2"),
         (["caption", "RUN", "a.png", "--temperature", "2"], "no effect with method"),

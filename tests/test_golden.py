@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import test_diffusion_system
+import test_jepa_system
 import torch
 from conftest import train
 
@@ -45,12 +46,21 @@ def diffused(scratch: Path) -> dict[str, RunFolder]:
     }
 
 
+def predicted(scratch: Path) -> dict[str, RunFolder]:
+    """Runs of the JEPA among negatives, with codebook, queue and averaged target; and with SIGReg and rounded codes."""
+    objectives = {"jepa": test_jepa_system.INFONCE, "jepa-lejepa": test_jepa_system.LEJEPA}
+    return {name: test_jepa_system.run(scratch / name, *words) for name, words in objectives.items()}
+
+
 @pytest.fixture(scope="module")
 def runs(reference: RunFolder, tmp_path_factory: pytest.TempPathFactory) -> dict[str, RunFolder]:
-    return {"multimodal": reference, **diffused(tmp_path_factory.mktemp("golden"))}
+    scratch = tmp_path_factory.mktemp("golden")
+    return {"multimodal": reference, **diffused(scratch), **predicted(scratch)}
 
 
-@pytest.mark.parametrize("system", ["multimodal", "autoencoder", "diffusion", "diffusion-latent"])
+@pytest.mark.parametrize(
+    "system", ["multimodal", "autoencoder", "diffusion", "diffusion-latent", "jepa", "jepa-lejepa"]
+)
 def test_the_losses_are_the_committed_ones(system, runs):
     golden, now = json.loads((GOLDEN / f"{system}.json").read_text()), losses(runs[system])
     assert now.keys() == golden["losses"].keys()
@@ -64,7 +74,8 @@ def test_the_losses_are_the_committed_ones(system, runs):
 if __name__ == "__main__":
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as scratch:
-        for system, run in {"multimodal": train(Path(scratch)), **diffused(Path(scratch))}.items():
+        folder = Path(scratch)
+        for system, run in {"multimodal": train(folder), **diffused(folder), **predicted(folder)}.items():
             content = {"machine": machine(), "losses": losses(run)}
             (GOLDEN / f"{system}.json").write_text(json.dumps(content, indent=1) + "\n")
     sys.exit()

@@ -7,18 +7,20 @@ Nothing heavy is imported until one is called.
 from importlib import import_module
 from typing import Any
 
-WITHOUT_TORCH = {
+ELSEWHERE = {
     "changelog": "intaglio.reports.changelog:changelog",
     "compare": "intaglio.reports.comparison:compare",
+    "export": "intaglio.puzzles:export",
     "diagnose": "intaglio.analysis:diagnose",
     "judge": "intaglio.analysis:judge",
     "report": "intaglio.reports.report:write_report",
     "runs": "intaglio.reports.lineage:read_lineage",
+    "sweep": "intaglio.training.sweep:sweep",
 }
-"""Where the verbs are that need no model."""
+"""Where the verbs are that need no model, or one of tasks."""
 
 VERBS = (
-    *WITHOUT_TORCH,
+    *ELSEWHERE,
     "caption",
     "check",
     "demo",
@@ -39,7 +41,7 @@ __all__ = ["VERBS", "__version__", *VERBS]
 
 def __getattr__(name: str) -> Any:
     if name in VERBS:
-        module, _, function = WITHOUT_TORCH.get(name, f"intaglio.api:{name}").partition(":")
+        module, _, function = ELSEWHERE.get(name, f"intaglio.api:{name}").partition(":")
         return getattr(import_module(module), function)
     raise AttributeError(f"module 'intaglio' has no attribute {name!r}; verbs: {', '.join(VERBS)}")
 

@@ -24,6 +24,7 @@ from intaglio.history import HistoryWriter, Reading, read_history, run_folder
 from intaglio.history.run_folder import RunFolder
 from intaglio.models.autoencoder import Autoencoder
 from intaglio.models.diffusion import DiffusionModel
+from intaglio.models.jepa import JepaModel
 from intaglio.models.multimodal import GUIDANCE, TEMPERATURE, MultimodalModel
 from intaglio.models.multimodal import interpolate as between
 from intaglio.models.saved import Model, of_run, open_saved
@@ -74,7 +75,11 @@ def _multimodal(run: str | Path, verb: str) -> MultimodalModel:
     """
     model = load_model(run)
     if not isinstance(model, MultimodalModel):
-        uses = {Autoencoder: "reconstruct", DiffusionModel: "generate, reconstruct"}[type(model)]
+        uses = {
+            Autoencoder: "reconstruct",
+            DiffusionModel: "generate, reconstruct",
+            JepaModel: "encode, search --task, export",
+        }[type(model)]
         raise ValueError(f"{run} is no multimodal model, and cannot {verb}. What it can do: {uses}.")
     return model
 
@@ -167,7 +172,8 @@ def generate(
         how = Sampler(sampler or usual.method, usual.steps if steps is None else steps, eta)
         draw = _denoised(model, seeds, label, text, guidance, interval, rescale or 0.0, how)
     else:
-        raise ValueError(f"{run} is an autoencoder, which draws nothing new; train diffusion on its latents.")
+        what = "an autoencoder" if isinstance(model, Autoencoder) else "a JEPA"
+        raise ValueError(f"{run} is {what}, which draws nothing new; train diffusion for that.")
     folder = _free_folder(out)
     rows: list[dict[str, Any]] = []
     pictures = []
@@ -242,7 +248,7 @@ def interpolate(run: str | Path, a: str | Path, b: str | Path, out: str | Path, 
     """Images and captions on the way from image a to image b; writes the frames and ``sheet.png``."""
     if steps < 2:
         raise ValueError(f"steps is {steps}; use at least 2, the two ends.")
-    model, folder = _multimodal(run, "interpolate"), _new_folder(out)
+    model, folder = _multimodal(run, "interpolate"), new_folder(out)
     ends = model.encode(np.stack([read_image(a, model.image_size)[0], read_image(b, model.image_size)[0]]))
     z = between(ends[0], ends[1], steps)
     images, captions = model.decode(z), model.caption(z)
@@ -267,12 +273,14 @@ def reconstruct(
     Writes original | reconstruction and gives {file: PSNR in dB}.
     """
     model = load_model(run)
+    if isinstance(model, JepaModel):
+        raise ValueError(f"{run} is a JEPA, which has no decoder. What it can do: encode, search --task, export.")
     if isinstance(model, DiffusionModel):
         t = model.schedule.steps // 2 if t is None else t
         model.schedule.refuse(t)
     elif t is not None:
         raise ValueError("--t is a noise level of diffusion models; this one decodes each image from its latent.")
-    folder = _new_folder(out)
+    folder = new_folder(out)
     quality: dict[str, float] = {}
     for names, pixels in _batches(images, model.image_size, skipped):
         if isinstance(model, DiffusionModel):
@@ -297,15 +305,22 @@ def search(
     image: str | Path | None = None,
     top: int = 5,
     skipped: Skipped | None = None,
+    task: str | None = None,
+    out: str | Path | None = None,
 ) -> list[dict[str, Any]]:
-    """The images of a folder (by default the run's own held-out items) that fit a text or an image best.
+    """The images of a folder (by default the run's own held-out items) that fit a text or an image best; of a JEPA the
+    tasks whose rule is most like that of ``task``, with ``out`` also as a picture.
 
-    Each hit has ``file`` (or ``item`` and ``caption``) and ``similarity``, the cosine.
+    Each hit has ``file`` (or ``item`` and ``caption``, or ``task``) and ``similarity``, the cosine.
     """
-    if (text is None) == (image is None):
-        raise ValueError("Search by one of the two: --text WORDS or --image FILE.")
+    if sum(given is not None for given in (text, image, task)) != 1:
+        raise ValueError("Search by one of these: --text WORDS, --image FILE, or of tasks --task NAME or FILE.")
     if top < 1:
         raise ValueError(f"top is {top}; ask for at least 1 hit.")
+    if task is not None:
+        from intaglio import puzzles
+
+        return puzzles.search(run, task, collection, top, out)
     model = _multimodal(run, "search")
     if text is not None:
         query = model.embed_text([text])
@@ -322,7 +337,14 @@ def search(
 def encode(
     run: str | Path, images: Sequence[str | Path], out: str | Path, skipped: Skipped | None = None
 ) -> tuple[int, int]:
-    """Latents of images into one ``.safetensors`` or ``.parquet``, streamed in constant memory: (N, Z)."""
+    """Latents of images into one ``.safetensors`` or ``.parquet``, streamed in constant memory: (N, Z).
+
+    Of a JEPA: the rules of tasks, of which ``images`` are files or folders, and their codes beside them.
+    """
+    if isinstance(load_model(run), JepaModel):
+        from intaglio import puzzles
+
+        return puzzles.encode(run, images, Path(out))
     model = _multimodal(run, "encode")
     with VectorFile(Path(out), model.config.latent) as file:
         for names, pixels in _batches(images, model.image_size, skipped):
@@ -336,7 +358,7 @@ def evaluate(run: str | Path) -> tuple[dict[str, Reading], list[str]]:
 
     folder = run_folder.find(run)
     lines: list[str] = []
-    kind, model, prepared = _again(folder)
+    kind, model, prepared = open_again(folder)
     evaluation = measure(kind, model, prepared)
     conclude(folder, evaluation, folder.record["model_step"], lines.append)
     return evaluation.readings, lines
@@ -347,7 +369,7 @@ def look_again(run: str | Path) -> dict[str, Reading]:
     from intaglio.training.health import Health
 
     folder = run_folder.find(run)
-    kind, model, prepared = _again(folder)
+    kind, model, prepared = open_again(folder)
     config = kind.config
     system = kind.build(prepared, model).to(model.device)
     items = prepared.some("val", config.health.probe)
@@ -368,7 +390,7 @@ def prove(run: str | Path, out: str | Path | None = None) -> list[Path]:
     from intaglio.training.finish import independent_judge, measured_at
 
     folder = run_folder.find(run)
-    kind, model, prepared = _again(folder)
+    kind, model, prepared = open_again(folder)
     if kind.config.train.device == "cpu":
         model.to("cpu")
     step, judge = folder.record["model_step"], independent_judge(prepared, cache_folder(kind.config.data.cache))
@@ -376,7 +398,7 @@ def prove(run: str | Path, out: str | Path | None = None) -> list[Path]:
     return kind.prove(model, prepared, where, False, judge, measured_at(folder, step))
 
 
-def _again(folder: RunFolder) -> "tuple[Kind, Any, Any]":
+def open_again(folder: RunFolder) -> "tuple[Kind, Any, Any]":
     """A run's kind, its model, and its data, split and encoded as it was.
 
     Raises:
@@ -401,7 +423,7 @@ def _collection(
         for names, pixels in _batches([collection], model.image_size, skipped):
             yield [{"file": n} for n in names], model.encode(pixels)
         return
-    prepared = _again(run_folder.find(run))[2]
+    prepared = open_again(run_folder.find(run))[2]
     items = prepared.splits["val"]
     for start in range(0, len(items), BATCH):
         part = items[start : start + BATCH]
@@ -454,7 +476,8 @@ def _free_folder(out: str | Path) -> Path:
     return folder
 
 
-def _new_folder(out: str | Path) -> Path:
+def new_folder(out: str | Path) -> Path:
+    """An empty folder to write into."""
     folder = _free_folder(out)
     folder.mkdir(parents=True, exist_ok=True)
     return folder

@@ -33,10 +33,11 @@ class Result:
 def run_benchmark(what: str, out: str, data: str | None = None) -> int:
     """Runs the benchmark ``what`` and writes ``out/<what>.json``; 0 if every target was met, else 1.
 
-    ``data`` is a folder: of labelled histories for ``histories``, of labelled photos for ``diffusion``.
+    ``data`` is a folder: of labelled histories for ``histories``, of labelled photos for ``diffusion``, of ARC's
+    tasks for ``jepa``.
     """
     measure = import_module(f"intaglio.bench.{what.replace('-', '_')}").measure
-    results, facts = measure(data) if what in ("histories", "diffusion") else measure()
+    results, facts = measure(data) if what in ("histories", "diffusion", "jepa") else measure()
     write(Path(out) / f"{what}.json", results, facts)
     print(markdown(results))
     return int(not all(r.met for r in results))

@@ -13,7 +13,7 @@ from itertools import islice
 from typing import Any
 
 from intaglio import __version__
-from intaglio.cli import analysing
+from intaglio.cli import analysing, sweeping
 from intaglio.cli.analysing import print_json
 
 Arguments = argparse.Namespace
@@ -183,12 +183,12 @@ def _search(a: Arguments) -> int:
     from intaglio.api import Skipped, search
 
     skipped = Skipped()
-    hits = search(a.run, a.folder, a.text, a.image, a.top, skipped)
+    hits = search(a.run, a.folder, a.text, a.image, a.top, skipped, a.task, a.out)
     if a.json:
         print_json({"hits": hits, "skipped": skipped.reasons})
     else:
         for hit in hits:
-            name = hit["file"] if "file" in hit else f"{hit['item']}  {hit['caption']}"
+            name = hit.get("file") or hit.get("task") or f"{hit['item']}  {hit['caption']}"
             print(f"{hit['similarity']:.3f}  {name}")
     return _tell_skipped(skipped, hits)
 
@@ -205,6 +205,17 @@ def _encode(a: Arguments) -> int:
     return _tell_skipped(skipped, rows)
 
 
+def _export(a: Arguments) -> int:
+    from intaglio.puzzles import export
+
+    told = export(a.run, a.out)
+    if a.json:
+        print_json({"folder": a.out, **told})
+    else:
+        print(f"{a.out}: {told['used']} of {told['codes']} codes in use, {len(told['pictures'])} pictures")
+    return 0
+
+
 def _bench(a: Arguments) -> int:
     from intaglio.bench import run_benchmark
 
@@ -217,15 +228,17 @@ VERBS = {
     "demo": _demo,
     "evaluate": _evaluate,
     **analysing.VERBS,
+    **sweeping.VERBS,
     "caption": _caption,
     "generate": _generate,
     "interpolate": _interpolate,
     "reconstruct": _reconstruct,
     "search": _search,
     "encode": _encode,
+    "export": _export,
     "bench": _bench,
 }
-TAKES_OVERRIDES = {"train", "check"}
+TAKES_OVERRIDES = {"train", "check", "sweep"}
 
 
 def _with_values(words: Sequence[str], verb: argparse.ArgumentParser) -> list[str]:
@@ -271,6 +284,7 @@ def _parser() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentParse
     p.add_argument("run")
 
     analysing.add(verb)
+    sweeping.add(verb)
 
     p = verb("caption", "caption images")
     p.add_argument("run")
@@ -314,25 +328,29 @@ def _parser() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentParse
     p.add_argument("--seed", type=int, default=0, help="of diffusion: of the first image's noise (0)")
     p.add_argument("--out", default="reconstructed", metavar="FOLDER")
 
-    p = verb("search", "the images that fit a text or an image best")
+    p = verb("search", "the images that fit a text or an image best, or the tasks with the most similar rule")
     p.add_argument("run")
     p.add_argument("--in", dest="folder", metavar="FOLDER", help="where to search (default: the run's held-out items)")
     p.add_argument("--text")
     p.add_argument("--image")
+    p.add_argument("--task", help="of a JEPA: a JSON file, or the name of a task")
     p.add_argument("--top", type=int, default=5)
+    p.add_argument("--out", metavar="PNG", help="of a JEPA: a picture of the tasks")
 
-    p = verb("encode", "latents of images, streamed into one file")
+    p = verb("encode", "latents of images, or rules and codes of tasks, streamed into one file")
     p.add_argument("run")
-    p.add_argument("images", nargs="+", help="image files or folders")
+    p.add_argument("images", nargs="+", help="files or folders of images, or of tasks")
     p.add_argument("--out", default="latents.safetensors", help=".safetensors or .parquet")
 
+    p = verb("export", "the codebook of a JEPA, with pictures of what each code stands for")
+    p.add_argument("run")
+    p.add_argument("--out", default="codes", metavar="FOLDER")
+
     p = verb("bench", "our own evidence: speed, targets of a system, false alarms, verdicts on labelled histories")
-    p.add_argument(
-        "what", choices=("speed", "multimodal", "diffusion", "healthy", "healthy-diffusion", "histories", "comparisons")
-    )
-    p.add_argument(
-        "--data", metavar="FOLDER", help="of histories: a folder with labels.json; of diffusion: one of labelled photos"
-    )
+    systems, healthy = ("multimodal", "diffusion", "jepa"), ("healthy", "healthy-diffusion", "healthy-jepa")
+    p.add_argument("what", choices=("speed", *systems, *healthy, "histories", "comparisons"))
+    what = "of histories: a folder with labels.json; of diffusion: one of labelled photos; of jepa: one of ARC's tasks"
+    p.add_argument("--data", metavar="FOLDER", help=what)
     p.add_argument("--out", default="benchmarks", metavar="FOLDER")
     return parser, verbs.choices
 

@@ -3,7 +3,14 @@
 from collections.abc import Iterator
 
 from intaglio.config.plan import parse
-from intaglio.config.settings import AutoencoderConfig, Config, DiffusionConfig, MultimodalConfig
+from intaglio.config.settings import (
+    AutoencoderConfig,
+    Config,
+    DiffusionConfig,
+    ImageDataConfig,
+    JepaConfig,
+    MultimodalConfig,
+)
 
 
 def check_values(config: Config) -> None:
@@ -36,12 +43,10 @@ def _faults(config: Config) -> Iterator[str]:
         not_negative |= {f"loss.{k}": getattr(w, k) for k in ("reconstruction", "caption", "contrastive", "kl")}
     yield from (f"{k} is {v}; it must be at least 1." for k, v in at_least_one.items() if v < 1)
     yield from (f"{k} is {v}; it must not be negative." for k, v in not_negative.items() if v < 0)
-    if d.image_size < 16 or d.image_size % 16:
-        yield f"data.image_size is {d.image_size}; use a multiple of 16."
+    if isinstance(d, ImageDataConfig):
+        yield from _image_faults(d)
     if not 0 < d.held_out < 1:
         yield f"data.held_out is {d.held_out}; use a share between 0 and 1, such as 0.1."
-    if d.source != "engravings" and d.items is not None:
-        yield "data.items counts built-in scenes; a folder has its own. Leave it out, or set it to null."
     if d.items is not None and d.items < 2:
         yield f"data.items is {d.items}; use at least 2, one of them held out."
     if not 0 <= d.bad_limit <= 1:
@@ -70,6 +75,15 @@ def _faults(config: Config) -> Iterator[str]:
         yield from _autoencoder_faults(config)
     if isinstance(config, DiffusionConfig):
         yield from _diffusion_faults(config)
+    if isinstance(config, JepaConfig):
+        yield from _jepa_faults(config)
+
+
+def _image_faults(d: ImageDataConfig) -> Iterator[str]:
+    if d.image_size < 16 or d.image_size % 16:
+        yield f"data.image_size is {d.image_size}; use a multiple of 16."
+    if d.source != "engravings" and d.items is not None:
+        yield "data.items counts built-in scenes; a folder has its own. Leave it out, or set it to null."
 
 
 def _multimodal_faults(config: MultimodalConfig) -> Iterator[str]:
@@ -157,3 +171,44 @@ def _diffusion_faults(config: DiffusionConfig) -> Iterator[str]:
             f"sampling.guidance {s.guidance:g} asks a network without its condition that never was trained so: set "
             "condition.drop to 0.15, or sampling.guidance to 1."
         )
+
+
+def _jepa_faults(config: JepaConfig) -> Iterator[str]:
+    d, m, w = config.data, config.model, config.loss
+    counts = {"patch": m.patch, "layers": m.layers, "slots": m.slots, "predictor_layers": m.predictor_layers}
+    for name, value in (counts | {"embedding": m.embedding, "width": m.width, "heads": m.heads}).items():
+        if value < 1:
+            yield f"model.{name} is {value}; it must be at least 1."
+    if not 2 <= d.pairs <= 10:
+        yield f"data.pairs is {d.pairs}; use 2, a demonstration and a question, to 10."
+    if m.patch > 3:
+        yield f"model.patch is {m.patch}; more than 3 × 3 cells in one are no longer told apart: use 1 or 2."
+    if m.tokens == "objects" and m.patch != type(m)().patch:
+        yield "model.patch has no effect on model.tokens objects: leave it out."
+    if m.width % m.heads:
+        yield f"model.width {m.width} must be divisible by model.heads {m.heads}."
+    if m.quantiser == "vq" and m.codes < 2:
+        yield f"model.codes is {m.codes}; use at least 2, such as 512."
+    if m.codes_after < 0:
+        yield f"model.codes_after is {m.codes_after}; it must not be negative."
+    if m.quantiser == "fsq" and (not m.levels or min(m.levels) < 3):
+        yield f"model.levels is {list(m.levels)}; each number needs at least 3 values, such as [8, 8, 8]."
+    if not 0 <= m.target < 1:
+        yield f"model.target is {m.target}; use a decay in [0, 1), such as 0.99, or 0 for none."
+    low, high = w.bounds
+    if not 0 < low <= w.temperature <= high:
+        yield f"loss.temperature {w.temperature} must lie within loss.bounds {list(w.bounds)}, both above 0."
+    if w.queue < 0:
+        yield f"loss.queue is {w.queue}; it must not be negative."
+    if not 0 <= w.sigreg < 1:
+        yield f"loss.sigreg is {w.sigreg}; use a share in [0, 1), such as 0.05."
+    if w.objective == "lejepa" and not w.sigreg and not m.target:
+        yield (
+            "loss.objective lejepa predicts embeddings that nothing keeps apart: they would all become one. Set "
+            "loss.sigreg to 0.05, or take loss.objective infonce."
+        )
+    if w.slices < 1:
+        yield f"loss.slices is {w.slices}; use at least 1, such as 256."
+    for name in ("commitment", "relational", "colour", "flip", "shift"):
+        if getattr(w, name) < 0:
+            yield f"loss.{name} is {getattr(w, name)}; it must not be negative."

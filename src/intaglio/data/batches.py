@@ -23,10 +23,6 @@ class Data(Protocol):
     ``training_batch`` may alter the items, as ``batch`` never does.
     """
 
-    @property
-    def images(self) -> np.ndarray:
-        """(N, S, S, 3) uint8."""
-
     def __len__(self) -> int: ...
 
     def batch(self, items: np.ndarray, draw: np.ndarray) -> Any: ...

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from intaglio.config import CaptionDataConfig, DataConfig, PictureDataConfig
+from intaglio.config import CaptionDataConfig, ImageDataConfig, PictureDataConfig
 from intaglio.data import cifar, order, stl10
 from intaglio.data.batches import CaptionedImages, Data, Pictures
 from intaglio.data.cache import cache_folder, image_table
@@ -48,6 +48,13 @@ class Prepared:
 
 
 @dataclass(frozen=True)
+class Pictured(Prepared):
+    """Images, or their latents."""
+
+    data: Pictures
+
+
+@dataclass(frozen=True)
 class Captioned(Prepared):
     """Images with encoded captions."""
 
@@ -61,7 +68,7 @@ class Captioned(Prepared):
         return self.data.ids[np.concatenate(rows)]
 
 
-def open_corpus(config: DataConfig, seed: int, progress: Progress | None = None, captioned: bool = True) -> Corpus:
+def open_corpus(config: ImageDataConfig, seed: int, progress: Progress | None = None, captioned: bool = True) -> Corpus:
     """The corpus that the configuration names; ``progress`` is called with (done, all) while images are decoded.
 
     Without ``captioned``, images that have no caption are kept.
@@ -119,8 +126,8 @@ def prepare(
     if learnt_here:
         known, met = (_pieces(data, tokenizer, sides[side]) for side in ("train", "val"))
         record["tokens known from held-out captions alone"] = len(met - known)
-    fingerprint = _fingerprint(corpus, sides, tokenizer.to_json())
-    return Captioned(corpus, data, sides, fingerprint, record, tokenizer, text_length)
+    digest = fingerprint(corpus, sides, tokenizer.to_json())
+    return Captioned(corpus, data, sides, digest, record, tokenizer, text_length)
 
 
 def prepare_pictures(
@@ -129,7 +136,7 @@ def prepare_pictures(
     progress: Progress | None = None,
     prompts: Prompts | None = None,
     classes: Sequence[str] = (),
-) -> Prepared:
+) -> Pictured:
     """Reads and splits; captions are encoded by ``prompts`` where there are some.
 
     Labels are numbered as in ``classes``, those of a model that goes on learning, or else in the corpus's order.
@@ -153,11 +160,11 @@ def prepare_pictures(
     images = _pixels(corpus, config, progress)
     data = Pictures(images, labels, rows, first, config.flips)
     record |= {"classes": len(names), "held-out images seen in training": _seen(images, sides["train"], sides["val"])}
-    return Prepared(corpus, data, sides, _fingerprint(corpus, sides, "pictures"), record)
+    return Pictured(corpus, data, sides, fingerprint(corpus, sides, "pictures"), record)
 
 
 def _read(
-    config: DataConfig, seed: int, progress: Progress | None, captioned: bool = True
+    config: ImageDataConfig, seed: int, progress: Progress | None, captioned: bool = True
 ) -> tuple[Corpus, dict[str, np.ndarray], dict[str, Any]]:
     corpus = open_corpus(config, seed, progress, captioned)
     sides, leaks = split(corpus, {"train": 1 - config.held_out, "val": config.held_out}, seed)
@@ -171,7 +178,7 @@ def _read(
     return corpus, sides, record
 
 
-def _pixels(corpus: Corpus, config: DataConfig, progress: Progress | None) -> np.ndarray:
+def _pixels(corpus: Corpus, config: ImageDataConfig, progress: Progress | None) -> np.ndarray:
     if isinstance(corpus, ImageFolder):
         return corpus.pixels()
     return image_table(corpus, config.image_size, cache_folder(config.cache), progress)
@@ -201,7 +208,8 @@ def notices(prepared: Prepared) -> Sequence[str]:
     return [*said, *record.get("warnings", ())]
 
 
-def _fingerprint(corpus: Corpus, sides: dict[str, np.ndarray], encoding: str) -> str:
+def fingerprint(corpus: Corpus, sides: dict[str, np.ndarray], encoding: str) -> str:
+    """Of content, split and encoding."""
     digest = hashlib.sha256(corpus.fingerprint().encode())
     for side in sorted(sides):
         digest.update(side.encode() + np.ascontiguousarray(sides[side], dtype=np.int64).tobytes())

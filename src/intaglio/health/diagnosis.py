@@ -182,6 +182,10 @@ def facts_of(folder: RunFolder) -> dict[str, Any]:
             facts["trained_on_test"] = data["training items declared as test"]
         if "held-out images seen in training" in data:
             facts["leaks"] = {"the very same image": data["held-out images seen in training"]}
+        if "held-out tasks seen in training" in data:
+            facts["leaks"] = {"the very same task": data["held-out tasks seen in training"]}
+        if "augmentations" in data:
+            facts["augmentations"] = data["augmentations"]
         if data.get("tokens known from held-out captions alone"):
             what = "the vocabulary was built on their captions; that many of its tokens occur nowhere else"
             facts["leaks"] = facts.get("leaks", {}) | {what: data["tokens known from held-out captions alone"]}

@@ -143,16 +143,21 @@ def distinct_views(a: Tensor, b: Tensor) -> Measured:
 
 @torch.no_grad()
 def cost_of_context(loss: Callable[[Tensor], np.ndarray], context_BK: Tensor) -> dict[str, Measured]:
-    """What each item's loss rises by when its K context frames (B, K, …) are permuted, or are all the first; null 0.
+    """What each item's loss rises by when its K context frames (B, K, …) are permuted, are all the first, or are those
+    of another item (``strangers``); null 0.
 
-    Where the context is one frame repeated both are 0; of a predictor that averages over frames ``permuted`` is.
+    Where the context is one frame repeated the first two are 0; of a predictor that averages over frames ``permuted``
+    is.
     """
-    frames = context_BK.shape[1]
+    items, frames = context_BK.shape[:2]
+    own = loss(context_BK)
+    found: dict[str, Measured] = {}
     if frames < 2:
         few = NotMeasured("there is a single context frame")
-        return {"permuted": few, "repeated": few}
-    own = loss(context_BK)
-    return {
-        "permuted": _rise(loss(context_BK.roll(1, 1)), own),
-        "repeated": _rise(loss(context_BK[:, :1].expand_as(context_BK)), own),
-    }
+        found |= {"permuted": few, "repeated": few}
+    else:
+        found["permuted"] = _rise(loss(context_BK.roll(1, 1)), own)
+        found["repeated"] = _rise(loss(context_BK[:, :1].expand_as(context_BK)), own)
+    if items < 2:
+        return found | {"strangers": NotMeasured("it takes two items to exchange contexts between")}
+    return found | {"strangers": _rise(loss(context_BK.roll(1, 0)), own)}

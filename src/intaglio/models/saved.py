@@ -6,9 +6,10 @@ from pathlib import Path
 from intaglio.history.run_folder import RunFolder
 from intaglio.models.autoencoder import Autoencoder, open_autoencoder
 from intaglio.models.diffusion import DiffusionModel, open_diffusion
+from intaglio.models.jepa import JepaModel, open_jepa
 from intaglio.models.multimodal import MultimodalModel, open_model
 
-Model = MultimodalModel | Autoencoder | DiffusionModel
+Model = MultimodalModel | Autoencoder | DiffusionModel | JepaModel
 
 
 def of_run(run: RunFolder) -> Model:
@@ -32,4 +33,6 @@ def open_saved(folder: Path) -> Model:
         raise ValueError(f"{folder} holds no model that can be read ({error}); name a run that has finished.") from None
     if "noise" in settings:
         return open_diffusion(folder)
+    if "pairs" in settings:
+        return open_jepa(folder)
     return open_model(folder) if "prior" in settings else open_autoencoder(folder)

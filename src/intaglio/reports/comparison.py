@@ -16,7 +16,7 @@ from typing import Any
 
 from intaglio.reports import scales, weighing
 from intaglio.reports.arms import Run, arm_names, pair_key, read_runs, same_data, trained_apart
-from intaglio.reports.differences import UNSHARED, Margin, Metric, judged, plain_values, tested
+from intaglio.reports.differences import LEVEL, UNSHARED, Margin, Metric, judged, plain_values, tested
 from intaglio.reports.matched import Line, match
 from intaglio.reports.safe import plain
 
@@ -29,7 +29,8 @@ class Comparison:
 
     ``changed`` are the settings in which they differ, key → (in A, in B); ``cost`` means over the runs of each arm;
     ``left_out`` metrics that both have and that could not be compared, with the reason; ``confounds`` what else could
-    be behind a difference; ``notices`` what was cut, divided, renamed, or looks odd.
+    be behind a difference; ``notices`` what was cut, divided, renamed, or looks odd; ``barred`` why no metric decides
+    anything, where the arms were not put to one test.
     """
 
     names: tuple[str, str]
@@ -46,6 +47,8 @@ class Comparison:
     left_out: Mapping[str, str] = field(default_factory=dict)
     confounds: tuple[str, ...] = ()
     notices: tuple[str, ...] = ()
+    level: float = LEVEL
+    barred: str = ""
 
     def as_dict(self) -> dict[str, Any]:
         """The answer of ``--json``: ``verdict``, ``reason``, ``recommendation``, ``metrics[]``, what they rest on."""
@@ -56,7 +59,7 @@ class Comparison:
                                              for r in arm]}
                 for key, name, arm in zip("ab", self.names, (self.a, self.b), strict=True)
             },
-            "axis": self.axis, "margin": self.margin,
+            "axis": self.axis, "margin": self.margin, "level": self.level,
             "changed": {k: {"a": plain_values(x), "b": plain_values(y)} for k, (x, y) in self.changed.items()},
             "metrics": [m.as_dict() for m in self.metrics],
             "cost": {k: {"a": x, "b": y} for k, (x, y) in self.cost.items()},
@@ -100,14 +103,25 @@ def compare_runs(
     metrics: Sequence[str] = (),
     delta: str | float | None = None,
     windows: int = WINDOWS,
+    names: tuple[str, str] | None = None,
+    main: Sequence[str] = (),
+    better: Mapping[str, int] | None = None,
+    level: float = LEVEL,
 ) -> Comparison:
-    """As ``compare``, of runs that have been read."""
+    """As ``compare``, of runs that have been read.
+
+    Args:
+        names: of the arms, where those of their runs are not to tell.
+        main: what the verdict rests on, all else being compared, too; a name that an arm has not measured is left out.
+        better: +1 where more is better, −1 where less is, for names that don't tell.
+        level: chance of a false claim, and that an interval misses: .05 over the number of comparisons, if several.
+    """
     if not (a and b):
         raise ValueError("one arm has no runs: give at least one run for each.")
     if windows < 1:
         raise ValueError(f"--windows {windows}: the common steps are cut into 1 window or more.")
     margin = Margin.parse(delta)
-    names, axis = arm_names(a, b), _axis([*a, *b])
+    names, axis = names or arm_names(a, b), _axis([*a, *b])
     a, b, doubled, refused = _distinct(a, b)
     changed, varied = _changes(a, b)
     common = _common_metrics(a, b, metrics)
@@ -117,10 +131,11 @@ def compare_runs(
         n: unsure[t] for n in common if "/loss/" in n and (t := n.rsplit("/", 1)[-1]) in unsure
     }
     pairs = _pairs(a, b, changed)
-    main = _main(common, unshared, [*a, *b], metrics)
+    rests_on = _main(common, unshared, [*a, *b], metrics or main)
     compared, left_out = list[Metric](), dict[str, str]()
     for name in common:
-        found = _metric(name, a, b, pairs, name in main, windows, axis, margin)
+        way = (better or {}).get(name, scales.direction(name))
+        found = _metric(name, a, b, pairs, name in rests_on, way, level, windows, axis, margin)
         if isinstance(found, str):
             left_out[name] = found
             continue
@@ -136,7 +151,9 @@ def compare_runs(
     found_in = sorted(judged(compared), key=lambda m: not m.main)
     other_test = weighing.not_one_test(a, b, pairs, changed)
     counts = (len(a), len(b))
-    unfit = {n: why for n, why in (unshared | left_out).items() if n in main or (not main and n.startswith("val/"))}
+    unfit = {
+        n: why for n, why in (unshared | left_out).items() if n in rests_on or (not rests_on and n.startswith("val/"))
+    }
     verdict, reason = weighing.verdict(found_in, refused, other_test, unfit, counts)
     cost = {key: (_mean(a, key), _mean(b, key)) for key in ("parameters", "seconds", "steps")}
     advice = weighing.recommendation(
@@ -146,7 +163,7 @@ def compare_runs(
     notices = [*doubled, *weighing.notices(a, b, found_in, changed, sure)]
     return Comparison(
         names, tuple(a), tuple(b), axis, verdict, reason, advice, margin.said, tuple(found_in),
-        changed, cost, left_out, tuple(misleading), tuple(notices),
+        changed, cost, left_out, tuple(misleading), tuple(notices), level, refused or other_test,
     )  # fmt: skip
 
 
@@ -284,6 +301,8 @@ def _metric(
     b: Sequence[Run],
     pairs: Sequence[tuple[int, int]] | None,
     main: bool,
+    better: int,
+    level: float,
     windows: int,
     axis: str,
     margin: Margin,
@@ -311,9 +330,8 @@ def _metric(
             *notes,
             f"a run of {' and of '.join(broken)} ends in a value that is not finite; what stands before it counts",
         )
-    metric = Metric(
-        name, scales.direction(name), main, matched, x, y, float(y.mean() - x.mean()), delta=delta, notes=notes
-    )
+    difference = float(y.mean() - x.mean())
+    metric = Metric(name, better, main, matched, x, y, difference, delta=delta, notes=notes, level=level)
     if broken:
         return replace(metric, why=f"a run of {' and of '.join(broken)} ended in a value that is not finite")
     return tested(metric, pairs is not None)

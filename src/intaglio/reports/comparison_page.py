@@ -21,7 +21,7 @@ from intaglio.reports.comparison_text import (
     shown,
     span,
 )
-from intaglio.reports.differences import BETTER, EQUIVALENT, UNSURE, WORSE, Metric, over_steps
+from intaglio.reports.differences import BETTER, EQUIVALENT, UNSURE, WORSE, Metric, confidence, over_steps
 from intaglio.reports.page import document
 from intaglio.reports.parts import folded, listed, missing, table
 from intaglio.reports.safe import html, plain
@@ -39,25 +39,27 @@ LINE = '<svg viewBox="0 0 32 10" aria-hidden="true"><line class="{}" x2="32" y1=
 
 def page(c: Comparison) -> str:
     """The whole page."""
-    a, b = heads(c)
-    sections = {
+    names = (c.names[0] if c.names[0] != "A" else "Arm A", c.names[1] if c.names[1] != "B" else "arm B")
+    title = f"{plain(names[0], 60)} against {plain(names[1], 60)}"
+    lead = f'<p class="lead">{html(sentence(counts(c)))}; {len(c.metrics)} metrics on common {html(c.axis)}s.</p>'
+    return document(title, "a comparison", lead, sections(c), f"{len(c.a) + len(c.b)} runs were read.")
+
+
+def sections(c: Comparison) -> dict[str, tuple[str, str]]:
+    """The parts of the page: anchor → heading and content."""
+    cost = table(("", *heads(c), "B / A"), [[html(x) for x in row] for row in cost_rows(c)])
+    notes = [*c.notices, *(f"{n} was left out: {why}" for n, why in c.left_out.items())]
+    return {
         "verdict": ("Verdict", _verdict(c)),
         "changed": ("What was changed", _changed(c)),
         "metrics": ("Metrics", _metrics(c)),
         "curves": ("On the same steps", _curves(c)),
         "course": ("From first to last", _course(c)),
         "misleading": ("What may mislead", _list(c.confounds, "Nothing was found besides the change itself.")),
-        "cost": ("Cost", table(("", a, b, "B / A"), [[html(x) for x in row] for row in cost_rows(c)])),
-        "notes": (
-            "Notes",
-            _list([*c.notices, *(f"{n} was left out: {why}" for n, why in c.left_out.items())], "None."),
-        ),
+        "cost": ("Cost", cost),
+        "notes": ("Notes", _list(notes, "None.")),
         "runs": ("Runs", _runs(c)),
     }
-    names = (c.names[0] if c.names[0] != "A" else "Arm A", c.names[1] if c.names[1] != "B" else "arm B")
-    title = f"{plain(names[0], 60)} against {plain(names[1], 60)}"
-    lead = f'<p class="lead">{html(sentence(counts(c)))}; {len(c.metrics)} metrics on common {html(c.axis)}s.</p>'
-    return document(title, "a comparison", lead, sections, f"{len(c.a) + len(c.b)} runs were read.")
 
 
 def _verdict(c: Comparison) -> str:
@@ -76,7 +78,7 @@ def _changed(c: Comparison) -> str:
 
 
 def _metrics(c: Comparison) -> str:
-    top = ("Metric", *heads(c), "Change", "95 % interval of B − A", "Assessment of B")
+    top = ("Metric", *heads(c), "Change", f"{confidence(c.level)} interval of B − A", "Assessment of B")
 
     def rows(metrics: Iterable[Metric]) -> str:
         return table(top, [_row(m) for m in metrics])
@@ -104,7 +106,8 @@ def _curves(c: Comparison) -> str:
     a, b = (html(h) for h in heads(c))
     key = f"<li>{LINE.format('only')}{a}</li><li>{LINE.format('val')}{b}, or B − A</li>"
     if min(len(c.a), len(c.b)) > 1:
-        key += f"<li>{LINE.format('bound')}95 % interval of B − A</li><li>{LINE.format('null')}no difference</li>"
+        key += f"<li>{LINE.format('bound')}{confidence(c.level)} interval of B − A</li>"
+        key += f"<li>{LINE.format('null')}no difference</li>"
     told = f"<p>Between two rows of an arm its value at a {html(c.axis)} is interpolated.</p>"
     return f'{told}<ul class="key">{key}</ul><div class="curves">{figures}</div>'
 
@@ -136,7 +139,7 @@ def _figure(m: Metric, c: Comparison) -> str:
             )
         )  # fmt: skip
         edge = "; cut at the frame" if any((x != y).any() for x, y in zip(apart, cut, strict=True)) else ""
-        difference = f"<small>B − A, with its 95 % interval{edge}</small>{difference}"
+        difference = f"<small>B − A, with its {confidence(c.level)} interval{edge}</small>{difference}"
     return f"<figure><figcaption><b>{_name(m.name)}</b></figcaption>{drawn}{difference}{words}</figure>"
 
 

@@ -6,7 +6,7 @@ from typing import Any
 
 from intaglio.history.run_folder import write_atomically
 from intaglio.reports.comparison import Comparison
-from intaglio.reports.differences import BETTER, DIFFERS, EQUIVALENT, UNSHARED, UNSURE, WORSE, Metric
+from intaglio.reports.differences import BETTER, DIFFERS, EQUIVALENT, UNSHARED, UNSURE, WORSE, Metric, confidence
 from intaglio.reports.matched import relative
 from intaglio.reports.safe import columns, markdown, plain, wrapped
 from intaglio.reports.weighing import gap, number
@@ -23,12 +23,12 @@ def terminal_lines(c: Comparison) -> list[str]:
     a, b = heads(c)
     lines = wrapped(f"{c.verdict.upper()}: {plain(c.reason)}", WIDTH, rest="  ")
     lines += wrapped(c.recommendation, WIDTH, rest="  ")
-    lines += ["", *_aligned(("setting", a, b), [(plain(k, 40), *cells) for k, *cells in _settings(c, plain)])]
+    lines += ["", *aligned(("setting", a, b), [(plain(k, 40), *cells) for k, *cells in _settings(c, plain)])]
     if not c.changed:
         lines[-1:] = ["no setting is known to differ"]
     chosen = c.metrics[:ROWS]
     rows = [(plain(m.name, 40), *cells(m), f"{MARKS[m.verdict]} {m.verdict}") for m in chosen]
-    lines += ["", *_aligned(("metric", a, b, "change", "95 % interval of B − A", ""), rows)]
+    lines += ["", *aligned(("metric", a, b, "change", f"{confidence(c.level)} interval of B − A", ""), rows)]
     if len(c.metrics) > ROWS:
         lines.append(f"… and {len(c.metrics) - ROWS} metrics more: --json, or --out FILE.md or FILE.html")
     lines += [
@@ -52,30 +52,30 @@ def markdown_document(c: Comparison) -> str:
         f"**Verdict: {c.verdict}.** {_sentence(c.reason)}",
         f"**Recommendation:** {markdown(c.recommendation)}",
         "## What was changed",
-        _table(("Setting", a, b), [(markdown(k), *rest) for k, *rest in _settings(c, markdown)])
+        markdown_table(("Setting", a, b), [(markdown(k), *rest) for k, *rest in _settings(c, markdown)])
         if c.changed
         else "No setting is known to differ.",
         "## Metrics",
         f"Values at the end of the steps that both arms have; {counts(c)}; {markdown(c.margin)}. "
         "Assessments are of B against A; those beside the verdict’s are corrected for their number (Holm).",
-        _table(("Metric", a, b, "Change", "95 % interval of B − A", "Assessment"), metrics),
+        markdown_table(("Metric", a, b, "Change", f"{confidence(c.level)} interval of B − A", "Assessment"), metrics),
         "## Step by step",
         f"Between two rows of an arm its value at a {c.axis} is interpolated.",
         *([_steps(m, c, (a, b)) for m in followed(c)] or ["Nothing was measured at more than one step."]),
         "## From first to last",
         f"At the {c.axis}s that both arms have, means over the runs of an arm.",
-        _table(
+        markdown_table(
             ("Metric", "Arm", "First", "Lowest", "Highest", "Last", "Change"),
             [row for m in followed(c) for row in _course(m)],
         ),
         "## Cost",
-        _table(("", a, b, "B / A"), cost_rows(c)),
+        markdown_table(("", a, b, "B / A"), cost_rows(c)),
         "## What may mislead",
         _list(c.confounds, "Nothing was found besides the change itself."),
         "## Notes",
         _list([*c.notices, *(f"{name} was left out: {why}" for name, why in c.left_out.items())], "None."),
         "## Runs",
-        _table(
+        markdown_table(
             ("Arm", "Run", "Seed", "Read as", "From"),
             [
                 (
@@ -190,7 +190,7 @@ def _steps(m: Metric, c: Comparison, arms: tuple[str, str]) -> str:
     ]
     points = all(w.first == w.last for w in m.windows)
     how = "" if points else " (means over windows of equal length)"
-    return f"### {markdown(m.name)}{how}\n\n{_table((c.axis.capitalize(), *arms, 'Change'), rows)}"
+    return f"### {markdown(m.name)}{how}\n\n{markdown_table((c.axis.capitalize(), *arms, 'Change'), rows)}"
 
 
 def _course(m: Metric) -> list[tuple[str, ...]]:
@@ -215,12 +215,13 @@ def _list(items: Iterable[str], otherwise: str) -> str:
     return "\n".join(f"- {_sentence(item.rstrip('.'))}" for item in items) or otherwise
 
 
-def _table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+def markdown_table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """A table of cells that are Markdown already."""
     lines = [head, ["---"] * len(head), *rows]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
-def _aligned(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+def aligned(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
     """Columns of equal width, the first and the last to the left."""
     widths = [max(columns(cell) for cell in column) for column in zip(head, *rows, strict=True)]
     last = len(head) - 1

@@ -28,8 +28,9 @@ UNSHARED = "not comparable"
 class Metric:
     """One metric in both arms; ``a`` and ``b`` are one value a run, taken ``at`` the end of the common steps.
 
-    ``difference`` is B − A with its 95 % interval ``low`` to ``high``, None where an arm has fewer than two runs.
-    ``delta`` is the largest difference that counts as none. ``p`` is that of no difference, ``p_corrected`` after Holm.
+    ``difference`` is B − A with its interval ``low`` to ``high``, None where an arm has fewer than two runs; ``level``
+    is the chance that the interval misses, and that of a false claim. ``delta`` is the largest difference that counts
+    as none. ``p`` is that of no difference, ``p_corrected`` after Holm.
     """
 
     name: str
@@ -50,6 +51,7 @@ class Metric:
     verdict: str = UNSURE
     why: str = ""
     notes: tuple[str, ...] = ()
+    level: float = LEVEL
 
     @property
     def relative(self) -> float | None:
@@ -140,7 +142,7 @@ def tested(m: Metric, paired: bool) -> Metric:
             return replace(m, test=test, difference=0.0, low=0.0, high=0.0, p=1.0, p_equal=0.0, spread=0.0)
         why = "the runs of an arm do not differ at all, so there is no spread to hold the difference against"
         return replace(m, test=test, spread=0.0, why=why)
-    half = quantile(1 - LEVEL / 2, df) * error
+    half = quantile(1 - m.level / 2, df) * error
     p_equal = max(tail((m.difference + m.delta) / error, df), tail((m.delta - m.difference) / error, df))
     p = min(1.0, 2 * tail(abs(m.difference) / error, df))
     low, high = m.difference - half, m.difference + half
@@ -159,13 +161,13 @@ def _error(a: np.ndarray, b: np.ndarray, paired: bool) -> tuple[np.ndarray, np.n
 
 
 def over_steps(m: Metric) -> tuple[np.ndarray, np.ndarray, np.ndarray] | None:
-    """B − A at each step of the grid with the ends of its 95 % interval, (G,) each; None with one run in an arm."""
+    """B − A at each step of the grid with the ends of its interval, (G,) each; None with one run in an arm."""
     a, b = m.matched.a, m.matched.b
     if min(len(a), len(b)) < 2 or not m.test:
         return None
     error, df = _error(a, b, m.test.startswith("paired"))
     difference = b.mean(0) - a.mean(0)
-    half = np.array([quantile(1 - LEVEL / 2, round(float(k), 3)) for k in df]) * error
+    half = np.array([quantile(1 - m.level / 2, round(float(k), 3)) for k in df]) * error
     return difference, difference - half, difference + half
 
 
@@ -178,9 +180,9 @@ def judged(metrics: Sequence[Metric]) -> list[Metric]:
         differs = holm([m.p or 0.0 for m in family])
         equal = holm([1.0 if m.p_equal is None else m.p_equal for m in family])
         for m, p, e in zip(family, differs, equal, strict=True):
-            if e < LEVEL:
+            if e < m.level:
                 verdict = EQUIVALENT
-            elif p < LEVEL:
+            elif p < m.level:
                 verdict = {1: BETTER, -1: WORSE, 0: DIFFERS}[int(math.copysign(m.better, m.better * m.difference))]
             else:
                 verdict = UNSURE
@@ -191,6 +193,11 @@ def judged(metrics: Sequence[Metric]) -> list[Metric]:
 def _family(m: Metric) -> int:
     """Whose claims are corrected together: the verdict's, those on what else is held out and has a better, the rest."""
     return 0 if m.main else 1 if m.name.startswith("val/") and m.better else 2
+
+
+def confidence(level: float) -> str:
+    """How sure an interval is: ``95 %``."""
+    return f"{100 * (1 - level):.4g} %"
 
 
 def holm(p: Sequence[float]) -> list[float]:

@@ -16,6 +16,7 @@ Ends = tuple[float | None, float | None]
 # Pattern of names → rule, and from its limits and the null (NaN where none is known) to the ends of the band.
 BANDS: Mapping[str, tuple[str, Callable[[Limits, float], Ends]]] = {
     "val/loss/contrastive": ("near-chance", lambda k, null: (None, (1 - k["share"]) * null)),
+    "val/loss/infonce": ("near-chance", lambda k, null: (None, (1 - k["share"]) * null)),
     "*/loss/*": ("no-learning", lambda k, null: (None, (1 - k["share"]) * null)),
     "*/*/nats_per_token": ("no-learning", lambda k, null: (None, (1 - k["share"]) * null)),
     "*/*/mse": ("no-learning", lambda k, null: (None, (1 - k["share"]) * null)),

@@ -7,9 +7,10 @@ from typing import Any
 import numpy as np
 
 from intaglio.reports.arms import Run, alike, common_rows, trained_apart
-from intaglio.reports.differences import BETTER, DIFFERS, EQUIVALENT, UNSHARED, UNSURE, WORSE, Metric
+from intaglio.reports.differences import BETTER, DIFFERS, EQUIVALENT, UNSHARED, UNSURE, WORSE, Metric, confidence
 from intaglio.reports.safe import plain
 from intaglio.reports.scales import direction
+from intaglio.reports.student import quantile
 from intaglio.reports.words import change, percent, short
 
 MANY = 200
@@ -54,7 +55,7 @@ def claim(m: Metric) -> str:
         alone = m.why.startswith("one run") or not m.why
         return shown if alone else f"{shown}; {m.why}"
     way = "higher" if m.difference > 0 else "lower"
-    span = f"95 % interval {gap(m, m.low)} to {gap(m, m.high)}{points}"
+    span = f"{confidence(m.level)} interval {gap(m, m.low)} to {gap(m, m.high)}{points}"
     if m.verdict == EQUIVALENT:
         return f"{name} differs by less than δ = {gap(m, m.delta)}{points} ({span}; {m.test})"
     if m.verdict in (BETTER, WORSE, DIFFERS):
@@ -126,7 +127,8 @@ def runs_needed(m: Metric) -> int:
     if not (m.delta > 0 and m.spread > 0):
         return 0
     samples = 1 if m.test.startswith("paired") else 2
-    return max(3, math.ceil(samples * ((1.96 + 0.84) * m.spread / m.delta) ** 2))
+    sure = quantile(1 - m.level / 2, 1e6) + 0.84  # Student's t of so many runs is a normal distribution
+    return max(3, math.ceil(samples * (sure * m.spread / m.delta) ** 2))
 
 
 def _at_a_price(cost: Mapping[str, tuple[float | None, float | None]]) -> str:

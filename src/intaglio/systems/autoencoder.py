@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from intaglio.config import AutoencoderConfig, to_dict
 from intaglio.data.batches import PictureBatch
-from intaglio.data.prepare import Prepared
+from intaglio.data.prepare import Pictured
 from intaglio.health import audits, panel
 from intaglio.health.trials import cost_of_exchange
 from intaglio.history import Measured
@@ -90,7 +90,7 @@ class AutoencoderSystem(System):
         return self._nulls
 
 
-def null_readings(config: AutoencoderConfig, prepared: Prepared) -> dict[str, float]:
+def null_readings(config: AutoencoderConfig, prepared: Pictured) -> dict[str, float]:
     """What held-out quantities would be if each image were answered with the mean training image."""
     images, val = prepared.data.images, prepared.some("val", config.train.validate_items)
     train = prepared.some("train", 4096)
@@ -99,7 +99,7 @@ def null_readings(config: AutoencoderConfig, prepared: Prepared) -> dict[str, fl
     return {"image/mse": mse, "loss/reconstruction": l1 + 4 * mse}  # in [−1, 1], where squares are four times as large
 
 
-def build(config: AutoencoderConfig, prepared: Prepared, model: Autoencoder | None = None) -> AutoencoderSystem:
+def build(config: AutoencoderConfig, prepared: Pictured, model: Autoencoder | None = None) -> AutoencoderSystem:
     """The system with fresh weights from the seed, or around a trained ``model``."""
     if model is None:
         torch.manual_seed(config.seed)

@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from intaglio.data.prepare import Prepared
+from intaglio.data.prepare import Pictured
 from intaglio.history import Measured, NotMeasured, Reading
 from intaglio.history.reading import Evaluation, ratio, share
 from intaglio.models import nulls
@@ -10,7 +10,7 @@ from intaglio.models.autoencoder import Autoencoder, RoundTrip, round_trip
 from intaglio.models.classifier import Judge
 
 
-def evaluate(model: Autoencoder, prepared: Prepared, judge: Judge | str, items: int = 1024) -> Evaluation:
+def evaluate(model: Autoencoder, prepared: Pictured, judge: Judge | str, items: int = 1024) -> Evaluation:
     """R² and PSNR of decode(encode(x)), by a judge its object too; ``train/…`` are those of clean training items."""
     found: dict[str, Measured] = {}
     images, train = prepared.data.images, prepared.some("train", 4096)

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from intaglio.config import DiffusionConfig
 from intaglio.data.batches import PictureBatch
-from intaglio.data.prepare import Prepared
+from intaglio.data.prepare import Pictured
 from intaglio.health import audits
 from intaglio.health.instruments import moments
 from intaglio.history import Measured, NotMeasured, Reading
@@ -202,7 +202,7 @@ def _parts(x: Tensor, t_B: Tensor, size: int = 64) -> Iterator[tuple[Tensor, Ten
         yield x[part], t_B[part], part
 
 
-def build(config: DiffusionConfig, prepared: Prepared, model: DiffusionModel) -> DiffusionSystem:
+def build(config: DiffusionConfig, prepared: Pictured, model: DiffusionModel) -> DiffusionSystem:
     """The system around a model, fresh (`new_model`) or trained."""
     assert config.train.steps is not None, "steps are resolved before a system is built"
     model.train()
@@ -253,7 +253,7 @@ def _sampling(config: DiffusionConfig) -> dict[str, Any]:
     return {k: getattr(config.sampling, k) for k in SAMPLED}
 
 
-def variance(model: DiffusionModel, prepared: Prepared, items: int = 1024) -> Tensor:
+def variance(model: DiffusionModel, prepared: Pictured, items: int = 1024) -> Tensor:
     """σ² of each number of x₀ over training items, (C, H, W): what the null of the loss rests on."""
     some = prepared.some("train", items)
     batch = prepared.data.batch(some, np.zeros(len(some), np.int64))

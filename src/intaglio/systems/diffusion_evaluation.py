@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from intaglio.data.prepare import Prepared
+from intaglio.data.prepare import Pictured
 from intaglio.health.instruments import samples
 from intaglio.history import Measured, NotMeasured, Reading
 from intaglio.history.reading import Evaluation, share
@@ -38,7 +38,7 @@ class Asked:
     labels: list[str]
 
 
-def evaluate(model: DiffusionModel, prepared: Prepared, judge: Judge | str, each: int, items: int = 1024) -> Evaluation:
+def evaluate(model: DiffusionModel, prepared: Pictured, judge: Judge | str, each: int, items: int = 1024) -> Evaluation:
     """Samples at several guidance weights against held-out images; ``each`` of every class at every weight."""
     found: dict[str, Measured] = {}
     val = prepared.some("val", items)
@@ -71,7 +71,7 @@ def evaluate(model: DiffusionModel, prepared: Prepared, judge: Judge | str, each
     return Evaluation.of(found)
 
 
-def wanted(model: DiffusionModel, prepared: Prepared, labels: Sequence[str], each: int) -> Asked:
+def wanted(model: DiffusionModel, prepared: Pictured, labels: Sequence[str], each: int) -> Asked:
     """Each class ``each`` times, in turn; or held-out captions of each class; or nothing, so many images in all."""
     turns = [labels[k % len(labels)] for k in range(each * len(labels))]
     if model.prompts is None:
@@ -133,7 +133,7 @@ def _rows(labels: Sequence[str | None], name: str) -> Tensor:
     return torch.tensor([label == name for label in labels])
 
 
-def nearness(judge: Judge, prepared: Prepared, real: Tensor, made: np.ndarray) -> dict[str, Measured]:
+def nearness(judge: Judge, prepared: Pictured, real: Tensor, made: np.ndarray) -> dict[str, Measured]:
     """Distances between the sets, and whether what was drawn lies nearer to the training items than new images do."""
     drawn = judge.features(made)
     images, some = prepared.data.images, prepared.splits["train"]

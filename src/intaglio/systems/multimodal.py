@@ -125,13 +125,14 @@ class MultimodalSystem(System):
         return sums
 
     def read(self, batch: Batch) -> dict[str, Mapping[str, Measured]]:
-        network, images = self.model.network, self.model.to_range(batch.images)
+        network, images = self.model.network, self.model.to_range(batch.images[:PAINTED])
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16):
-            parts = [network.encode_image(some) for some in images.split(self.config.train.batch_size)]
+            several = batch.images.split(self.config.train.batch_size)
+            parts = [network.encode_image(self.model.to_range(some)) for some in several]
             q = Gaussian(*(torch.cat(x) for x in zip(*parts, strict=True)))  # in parts, as memory for training allows
             z, few = q.mean.float(), slice(0, TRIED)
             costs = cost_of_exchange(lambda z: self._caption_nats(z, batch.ids[few]), z[few])
-            blurs = cost_of_exchange(lambda z: self._image_errors(z, images[:PAINTED]), z[:PAINTED])
+            blurs = cost_of_exchange(lambda z: self._image_errors(z, images), z[:PAINTED])
         found: dict[str, Mapping[str, Measured]] = {
             "val/caption": {f"{other}_latent_nats": m for other, m in costs.items()},
             "val/image": {f"{other}_latent_error": m for other, m in blurs.items()},

@@ -1,12 +1,23 @@
-"""Which device and precision a run uses, and why."""
+"""Which device and precision a run uses, and why; what memory it takes."""
 
+import os
 import time
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
 from torch import nn
 
 from intaglio.config import TrainConfig
+
+
+def resident_bytes() -> int:
+    """Memory of this process that is resident; 0 where the system does not tell."""
+    try:
+        pages = Path("/proc/self/statm").read_text().split()[1]
+    except OSError:
+        return 0
+    return int(pages) * os.sysconf("SC_PAGE_SIZE")
 
 
 class Choice(NamedTuple):

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from intaglio.data.batches import CaptionedImages, Pictures
 from intaglio.data.cache import cache_folder
 from intaglio.data.prepare import Prepared
 from intaglio.health.diagnosis import diagnose, load_profile, record_of, write_findings
@@ -85,6 +86,8 @@ def conclude(folder: RunFolder, evaluation: Evaluation, step: int, say: Callable
 
 def independent_judge(prepared: Prepared, cache: Path) -> Judge | str:
     """A classifier of main objects, or the reason why the items do not allow one."""
+    if not isinstance(prepared.data, CaptionedImages | Pictures):
+        return "the items are no images"
     labels = {side: prepared.labels_of(prepared.splits[side]) for side in ("train", "val")}
     known = [x for x in labels["train"] if x is not None]
     if not known:

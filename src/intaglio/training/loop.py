@@ -25,6 +25,7 @@ from intaglio.history import HistoryWriter, Reading
 from intaglio.objectives.distributed import alone, mean_over_processes, processes
 from intaglio.systems.base import System
 from intaglio.training import checkpoint
+from intaglio.training.device import resident_bytes
 from intaglio.training.ema import EMA
 from intaglio.training.health import LOOKED, Health
 
@@ -148,6 +149,8 @@ class AfterStep(L.Callback):
         micro = (step - first) * self.config.train.accumulate
         rows["train/speed/items_per_second"] = micro * self.config.train.batch_size / elapsed
         rows["train/speed/wait_share"] = (waited - waited_before) / elapsed
+        if resident := resident_bytes():
+            rows["train/speed/resident_bytes"] = resident
         self._write(trainer, step, {k: Reading(v) for k, v in rows.items()})
 
     def _validate(self, trainer: L.Trainer, system: System, step: int) -> None:
@@ -169,7 +172,7 @@ class AfterStep(L.Callback):
             )
             self.stopped_by = self.stopped_by or self.stopped_early
         if self.prove and trainer.is_global_zero:
-            with self.ema.applied(system) if self.ema else nullcontext():
+            with alone(), self.ema.applied(system) if self.ema else nullcontext():
                 self.prove(system, step)
         self._clock = (self._clock[0] + time.perf_counter() - begun, *self._clock[1:])
 

@@ -6,6 +6,7 @@ from intaglio.config import Config
 from intaglio.health.checks.autoencoder import AutoencoderSubject
 from intaglio.health.checks.base import Subject
 from intaglio.health.checks.diffusion import DiffusionSubject
+from intaglio.health.checks.jepa import JepaSubject
 from intaglio.health.checks.multimodal import MultimodalSubject
 
 __all__ = ["SUBJECTS", "Subject", "subject_of"]
@@ -14,6 +15,7 @@ SUBJECTS: Mapping[str, type[Subject]] = {
     "multimodal": MultimodalSubject,
     "autoencoder": AutoencoderSubject,
     "diffusion": DiffusionSubject,
+    "jepa": JepaSubject,
 }
 
 

@@ -7,7 +7,7 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from intaglio.config import Config
+from intaglio.config import Config, ImageDataConfig
 from intaglio.data import order
 from intaglio.data.corpus import Corpus
 from intaglio.data.prepare import BUILT_IN_ITEMS, open_corpus
@@ -78,6 +78,7 @@ class Subject(ABC):
     def look(self) -> list[Finding]:
         """Reads the data, or finds why it cannot be read."""
         data, scale = self.config.data, 1.0
+        assert isinstance(data, ImageDataConfig), "a system without images reads its data itself"
         if data.source == "engravings":
             items = data.items or BUILT_IN_ITEMS
             data = replace(data, items=min(items, SAMPLE))

@@ -277,6 +277,7 @@ def _one_curve(record: Record, limits: Limits) -> Iterator[Finding]:
     id="data-replaced",
     source="nothing is skipped silently",
     case="V: white images; J: 61 % of objects dropped",
+    needs=("train/tokens/dropped_share",),
     facts=("intake",),
     log="what was dropped or cut, and why",
     limits={"warning": 0.01, "fail": 0.2},
@@ -284,11 +285,24 @@ def _one_curve(record: Record, limits: Limits) -> Iterator[Finding]:
 def data_replaced(record: Record, limits: Limits) -> Iterator[Finding]:
     """Items that could not be used were replaced, dropped or cut.
 
-    Seen by counts of what the loader met, against the number of items.
+    Seen by counts of what the loader met, against the number of items; by the share of objects that no token stands
+    for.
 
     ``intake``: {"items": number, "lost": {reason: count}}.
     """
-    intake = record.facts["intake"]
+    lost = record.get("train/tokens/dropped_share")
+    if lost is not None and lost.value > limits["warning"]:
+        cells = record.get("train/tokens/dropped_cells")
+        coloured = f", with {cells.value:.1%} of the coloured cells" if cells is not None else ""
+        yield Finding(
+            "data-replaced",
+            "fail" if lost.value > limits["fail"] else "warning",
+            f"{lost.value:.1%} of the objects are in no token{coloured}: a grid has more than are read.",
+            {"share": lost.value},
+            remedies("--model.tokens cells"),
+            step=int(lost.steps[-1]),
+        )
+    intake = record.facts.get("intake", {"lost": {}})
     for reason, count in intake["lost"].items():
         share = count / max(1, intake["items"] + count)
         if share > limits["warning"]:

@@ -247,7 +247,18 @@ def codes_polluted(record: Record, limits: Limits) -> Iterator[Finding]:
     """The codebook is updated in validation, or twice in a step.
 
     Seen by a digest of the codebook before and after a look at held-out items; updates over optimizer steps.
+
+    ``changed_by_validation``: names of tensors, those of a codebook by their names.
     """
+    moved = [n for n in record.facts.get("changed_by_validation", ()) if any(word in n.lower() for word in QUANTISER)]
+    if moved:
+        yield Finding(
+            "codes-polluted",
+            "fail",
+            f"Looking at held-out items changed {len(moved)} tensors of the codebook, {moved[0]} among them.",
+            {"tensors": len(moved)},
+            remedies("update the codebook only in training mode"),
+        )
     for name, s in record.matching("val/*/codebook_moved").items():
         if s.values.any():
             yield Finding(

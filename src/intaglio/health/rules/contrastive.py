@@ -16,31 +16,30 @@ from intaglio.history import NotMeasured
     id="near-chance",
     source="van den Oord et al. 2018, eq. 4",
     case="J: 7.98 of 9.07",
-    needs=("val/loss/contrastive", "val/contrastive/loss", "val/contrastive/top1"),
+    needs=("val/loss/contrastive", "val/loss/infonce", "val/contrastive/loss", "val/contrastive/top1"),
     log="the held-out contrastive loss with ln N as its null",
-    limits={"share": 0.1},
+    limits={"share": 0.15},
 )
 def near_chance(record: Record, limits: Limits) -> Iterator[Finding | NotMeasured]:
     """The contrastive loss is close to that of guessing.
 
     Seen by held-out loss beside its null (ln N for InfoNCE); top-1 with its interval beside 1/N.
     """
-    for name, s in record.matching("val/loss/contrastive", "val/contrastive/loss").items():
+    for name, s in record.matching("val/loss/contrastive", "val/loss/infonce", "val/contrastive/loss").items():
         if s.null is None or s.null <= 0:
             yield NotMeasured(f"{name} has no null: log ln N beside it")
             continue
         gained = (s.null - s.value) / s.null
         if gained < limits["share"] and record.settled(s):
             nothing = gained < limits["share"] / 5
+            heavier = () if name.endswith("infonce") else ("raise --loss.contrastive",)
             yield Finding(
                 "near-chance",
                 "fail" if nothing else "warning",
                 f"{name} is {s.value:.3f} nats; guessing costs {s.null:.3f}"
                 + (": nothing is told apart." if nothing else f", so {gained:.0%} has been learnt."),
                 {"loss": s.value, "null": s.null},
-                remedies(
-                    "train longer: --train.steps", "raise --loss.contrastive", "a larger --train.batch_size", wait=1000
-                ),
+                remedies("train longer: --train.steps", *heavier, "a larger --train.batch_size", wait=1000),
                 candidates=("the pair is trivial or unrelated: exchange partners", "the temperature is stuck"),
                 step=int(s.steps[-1]),
             )
@@ -88,20 +87,32 @@ def trivial_pair(record: Record, limits: Limits) -> Iterator[Finding]:
     concerns=("jepa",),
     source="intervene, don’t only watch",
     case="J: one grid three times",
-    needs=("val/*/context_permuted", "val/*/context_repeated"),
-    log="both trials: a monitor that is given the context runs them",
-    limits={"cost": 1e-6},
+    needs=("val/*/context_permuted", "val/*/context_repeated", "val/*/context_strangers", "val/*/context_distinct"),
+    log="these trials: a monitor that is given the context runs them",
+    limits={"cost": 1e-6, "distinct": 0.5},
 )
 def context_order_inert(record: Record, limits: Limits) -> Iterator[Finding]:
-    """Permuting or repeating the context frames changes nothing.
+    """The context is one frame repeated, or permuting, repeating or exchanging its frames changes nothing.
 
-    Seen by what a prediction costs more with one frame repeated, and with frames permuted: nothing where 0 lies in the
-    interval. The order of what is a set need not matter.
+    Seen by what a prediction costs more with another item's context, with one frame repeated, and with frames
+    permuted: nothing where 0 lies in the interval; and by the share of contexts whose frames differ at all. The order
+    of what is a set need not matter, nor the number of examples of one rule.
     """
     told: tuple[tuple[str, Severity, str], ...] = (
+        ("strangers", "fail", "The context of another item costs {site} nothing ({cost:.2g}): it is not read."),
         ("repeated", "fail", "Showing the first context frame alone costs {site} nothing ({cost:.2g}): it sees one."),
         ("permuted", "warning", "The order of its context frames costs {site} nothing ({cost:.2g})."),
     )
+    for name, s in record.matching("val/*/context_distinct").items():
+        if s.value < limits["distinct"]:
+            yield Finding(
+                "context-order-inert",
+                "fail",
+                f"In {1 - s.value:.0%} of the contexts of {name.split('/')[1]} all frames are the same.",
+                {"distinct": s.value},
+                remedies("look at how a context is put together: frames that are all the same teach nothing"),
+                step=int(s.steps[-1]),
+            )
     for change, severity, message in told:
         for name, s in record.matching(f"val/*/context_{change}").items():
             low, high = (record.get(f"{name}_{end}") for end in ("low", "high"))

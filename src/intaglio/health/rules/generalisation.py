@@ -14,6 +14,9 @@ from intaglio.health.rules.terms import terms
 from intaglio.health.rules.training import ASIDE, FEWEST, mad, mains, rolling_median
 from intaglio.history import NotMeasured, Series
 
+COLLAPSED_SIGREG = 0.40205
+"""SIGReg over the number of embeddings where they are all zero: ``objectives.sigreg.collapsed_sigreg()``."""
+
 LOWER_IS_BETTER = ("*/loss/*", "*/*/nats_per_token", "*/*/mse", "*/*/error")
 
 
@@ -121,12 +124,13 @@ def _risen(s: Series) -> bool:
     case="J: .0202 was the collapsed SIGReg",
     needs=("train/loss/*",),
     log="each loss term",
-    limits={"flat": 0.01, "close": 0.005},
+    limits={"flat": 0.01, "close": 0.005, "collapsed": 0.035},
 )
 def plateau(record: Record, limits: Limits) -> Iterator[Finding | NotMeasured]:
     """A loss stands at a constant that means that nothing is learnt.
 
-    Seen by a flat second half, at ln K of a batch, at the null, or at a value the document names.
+    Seen by a flat second half, at ln K of a batch, at the null, or at what SIGReg gives embeddings that are all one, or
+    all of length 1, which is hardly less.
     """
     looked = False
     for term, s in terms(record).items():
@@ -140,14 +144,18 @@ def plateau(record: Record, limits: Limits) -> Iterator[Finding | NotMeasured]:
         error = 1.77 * mad(late) / (len(late) / 2) ** 0.5  # of the difference of two medians
         if trend > max(limits["flat"] * abs(middle), 3 * error) or middle == 0:
             continue
-        for what, constant in _constants(record, f"train/loss/{term}", s).items():
-            if abs(middle - constant) < limits["close"] * abs(constant):
+        collapsed = _collapsed(record) if term == "sigreg" else {}
+        for what, constant in (collapsed | _constants(record, f"train/loss/{term}", s)).items():
+            if abs(middle - constant) < limits["collapsed" if what in collapsed else "close"] * abs(constant):
+                beside = what in collapsed and record.get("train/loss/prediction") is None
                 yield Finding(
                     "plateau",
-                    "fail",
+                    "warning" if beside else "fail",
                     f"train/loss/{term} has stood at {middle:.4g} for half of the run: that is {what}.",
                     {"value": middle, "constant": constant},
-                    remedies("raise --optim.rate", "a longer --optim.warmup", wait=1000),
+                    remedies("raise --loss.sigreg", wait=1000)
+                    if what in collapsed
+                    else remedies("raise --optim.rate", "a longer --optim.warmup", wait=1000),
                     step=int(s.steps[len(s) // 2]),
                 )
                 break
@@ -155,15 +163,23 @@ def plateau(record: Record, limits: Limits) -> Iterator[Finding | NotMeasured]:
         yield NotMeasured(f"fewer than {2 * FEWEST} rows of any loss term")
 
 
+def _collapsed(record: Record) -> dict[str, float]:
+    """What SIGReg is in a step whose questions and answers have one embedding."""
+    if record.config.get("system") != "jepa":
+        return {}
+    batch, pairs = record.config["train"]["batch_size"], record.config["data"]["pairs"]
+    return {f"what {2 * batch * pairs} embeddings give that are all one": 2 * batch * pairs * COLLAPSED_SIGREG}
+
+
 def _constants(record: Record, name: str, s: Series) -> dict[str, float]:
     """Values that a loss has where nothing has been learnt, by what they are."""
     batch = (record.config.get("train") or {}).get("batch_size")
     found = {} if s.null is None else {"its null": s.null}
-    if batch and batch > 1:
-        found[f"ln {batch}, of guessing in a batch of {batch}"] = math.log(batch)
     held_out = record.get(name.replace("train/", "val/", 1))
     if held_out is not None and held_out.null:
         found["its null on held-out items"] = held_out.null
+    if batch and batch > 1 and not found:  # where a null is known, ln of the batch is a number like any other
+        found[f"ln {batch}, of guessing in a batch of {batch}"] = math.log(batch)
     return found
 
 

@@ -7,8 +7,11 @@ import numpy as np
 from intaglio.health.finding import Finding, Remedy
 from intaglio.health.record import Record
 from intaglio.health.rule import Limits, Rule, rule
-from intaglio.health.rules.training import FEWEST, LOOKS
+from intaglio.health.rules.training import FEWEST, LOOKS, QUANTISER
 from intaglio.history import NotMeasured, Series
+
+ASIDE = ("relational", "invariance", "colour", "flip", "shift", *QUANTISER)
+"""Words in the names of terms that stand beside what is to be learnt."""
 
 
 @rule(
@@ -51,17 +54,18 @@ def term_inert(record: Record, limits: Limits) -> Iterator[Finding]:
     case="J: relational at six times the rest",
     needs=("train/term.*/gradient_share",),
     log="the gradient norm of each term as train/term.NAME/gradient_share",
-    limits={"share": 0.95, "opposed": 0.8, "cosine": -0.5},
+    limits={"share": 0.95, "aside": 0.8, "opposed": 0.8, "cosine": -0.5},
 )
 def term_dominates(record: Record, limits: Limits) -> Iterator[Finding]:
     """One loss term's gradient dwarfs or opposes all others.
 
     Seen by its share of the summed gradient norms, weights applied, and its cosine with the sum of the others, on the
-    parameters that they share; an equal share is 1 / number of terms. Where the others are a KL alone, which is to be
-    small beside what it regularises, there is nothing to judge.
+    parameters that they share; an equal share is 1 / number of terms. A term that stands beside the objective, as one
+    of relations, invariance or codes, or a KL, is to stay below it, so that one objective among such terms alone is not
+    judged.
     """
     shares = record.matching("train/term.*/gradient_share")
-    rivals = [name for name in shares if "kl" not in name]
+    rivals = [name for name in shares if not any(word in name for word in ("kl", *ASIDE))]
     for name, s in shares.items():
         if len(shares) < 2 or [name] == rivals:
             continue
@@ -69,7 +73,8 @@ def term_dominates(record: Record, limits: Limits) -> Iterator[Finding]:
         cosine = record.get(f"train/term.{term}/gradient_cosine")
         against = cosine is not None and float(np.median(cosine.values[len(cosine) // 2 :])) < limits["cosine"]
         share = float(np.median(late))
-        if len(late) > 1 and record.settled(s) and share > limits["opposed" if against else "share"]:
+        most = limits["opposed" if against else "aside" if any(word in term for word in ASIDE) else "share"]
+        if len(late) > 1 and record.settled(s) and share > most:
             evidence = {"share": share, "equal_share": 1 / len(shares)}
             yield Finding(
                 "term-dominates",
@@ -106,11 +111,11 @@ def weight_not_applied(record: Record, limits: Limits) -> Iterator[Finding | Not
         return
     due = np.zeros(len(total))
     for term, s in parts.items():
-        w = weights.get(f"train/weight/{term}")
-        if w is None or not np.array_equal(w.steps, total.steps) or not np.array_equal(s.steps, total.steps):
+        w, rows = weights.get(f"train/weight/{term}"), np.isin(total.steps, s.steps)  # a term may begin later
+        if w is None or not np.array_equal(w.steps, s.steps) or not np.array_equal(s.steps, total.steps[rows]):
             yield NotMeasured(f"the term {term} or its weight is not logged in the rows of the total")
             return
-        due += w.values * s.values
+        due[rows] += w.values * s.values
     off = np.abs(due - total.values) / (np.abs(total.values) + 1e-6)
     if np.nanmax(off) > limits["relative"]:
         worst = int(np.nanargmax(off))

@@ -97,21 +97,28 @@ def diverged(record: Record, limits: Limits) -> Iterator[Finding | NotMeasured]:
     """A loss leaves its own past for good.
 
     Seen by the median of the last quarter against the best stretch of as many rows before it, in robust standard
-    deviations of that stretch; a loss must also have given up a share of what it had gained.
+    deviations of that stretch; a loss must also have given up a share of what it had gained. InfoNCE beside a queue is
+    judged on held-out items alone: as the encoder slows, the queue's old embeddings become harder to tell apart. A
+    prediction beside SIGReg is judged by their total: it rises where SIGReg moves embeddings apart.
     """
     looked = given_up = False
+    queued = bool((record.config.get("loss") or {}).get("queue"))
+    traded = {"train/loss/prediction", "train/loss/sigreg"} <= set(record.series)
     curves = settled(record, record.matching(*MINIMISED))
     if record.foreign:  # what a term of another program is for is not known, what is minimised is
         rebuilt = {n: finite(s) for n, s in record.matching("*/loss/reconstruction").items()}
         ramped = any(map(course.improved, rebuilt.values()))
         curves = rebuilt if ramped else mains(record)
     for name, s in curves.items():
-        if name.endswith("/total") and len([n for n in curves if n.startswith(name[:-5])]) > 1:
-            continue  # its terms are judged, of which some may rise by right
+        several = len([n for n in curves if n.startswith(name.rpartition("/")[0] + "/")]) > 1
+        if several and name.endswith("/total") != traded:
+            continue  # the terms are judged, of which some may rise by right; or what they are traded for in all
         if len(s) < FEWEST or any(word in name for word in ASIDE):
             continue
         looked = True
-        twin = curves.get("train" + name.removeprefix("val")) if name.startswith("val/") else None
+        if queued and name == "train/loss/infonce":
+            continue
+        twin = curves.get("train" + name.removeprefix("val")) if name.startswith("val/") and not queued else None
         if twin is not None and course.improved(twin):
             continue  # on held-out items alone it is overfitting, or another scale
         width = max(3, len(s) // 4)
@@ -141,7 +148,7 @@ def diverged(record: Record, limits: Limits) -> Iterator[Finding | NotMeasured]:
             )
     if not looked:
         yield NotMeasured(f"fewer than {FEWEST} rows of any loss under weights that stay as they are")
-    elif not given_up:
+    elif not given_up and not queued:
         yield from _lost(mains(record))
 
 
@@ -273,7 +280,7 @@ def _no_rate(s: Series) -> Iterator[Finding]:
     source="measured; none is due",
     case="J: a leak",
     needs=("train/speed/wait_share",),
-    log="the share of time spent waiting for data as train/speed/wait_share",
+    log="the share of time spent waiting for data as train/speed/wait_share, and train/speed/resident_bytes",
     limits={"wait": 0.2, "growth": 0.5},
 )
 def input_starved(record: Record, limits: Limits) -> Iterator[Finding]:
@@ -291,7 +298,7 @@ def input_starved(record: Record, limits: Limits) -> Iterator[Finding]:
             {"wait_share": wait},
             (Remedy("keep decoded images on a local disk: --data.cache FOLDER"),),
         )
-    memory = record.get("train/memory/resident_bytes")
+    memory = record.get("train/speed/resident_bytes") or record.get("train/memory/resident_bytes")
     if memory is not None and len(memory) >= 4 * FEWEST:
         late = memory.values[len(memory) // 4 :]
         growth = float(late[-1] / late[0] - 1)

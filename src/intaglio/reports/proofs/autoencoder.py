@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from intaglio.data.prepare import Prepared
+from intaglio.data.prepare import Pictured
 from intaglio.models.autoencoder import Autoencoder
 from intaglio.reports.proofs.pull import pull
 from intaglio.reports.sheet import FAINT, MARGIN, Sheet
@@ -14,13 +14,13 @@ from intaglio.reports.sheet import FAINT, MARGIN, Sheet
 SHOWN = 12
 
 
-def make_proofs(model: Autoencoder, prepared: Prepared, folder: Path) -> list[Path]:
+def make_proofs(model: Autoencoder, prepared: Pictured, folder: Path) -> list[Path]:
     """Writes the pictures and ``proofs.json`` into ``folder``; returns the pictures."""
     makers: dict[str, Callable[[], Sheet]] = {"round-trip": lambda: round_trips(model, prepared)}
     return pull(model, makers, lambda name: None, folder)
 
 
-def round_trips(model: Autoencoder, prepared: Prepared) -> Sheet:
+def round_trips(model: Autoencoder, prepared: Pictured) -> Sheet:
     """Held-out images, what is decoded from their latents, and where the two differ; the worst of many last."""
     items = prepared.some("val", 256)
     real = prepared.data.images[items]

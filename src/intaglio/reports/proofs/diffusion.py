@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from intaglio.data.prepare import Prepared
+from intaglio.data.prepare import Pictured
 from intaglio.health.record import Record
 from intaglio.health.rules.diffusion import advised_weights
 from intaglio.history import NotMeasured
@@ -34,7 +34,7 @@ EACH = 3
 
 def make_proofs(
     model: DiffusionModel,
-    prepared: Prepared,
+    prepared: Pictured,
     folder: Path,
     quick: bool = False,
     judge: Judge | str = WHILE_TRAINING,
@@ -90,7 +90,7 @@ def make_proofs(
 # What is asked for.
 
 
-def some(model: DiffusionModel, prepared: Prepared, count: int) -> Asked:
+def some(model: DiffusionModel, prepared: Pictured, count: int) -> Asked:
     """At most ``count`` conditions, spread over all: classes or held-out captions; ``count`` times nothing."""
     labels = prepared.corpus.labels() or ("",)
     if not model.conditional:
@@ -147,7 +147,7 @@ def samples(model: DiffusionModel, count: int) -> Sheet:
     return sheet
 
 
-def grid(model: DiffusionModel, prepared: Prepared, judge: Judge | str, noises: int) -> Sheet:
+def grid(model: DiffusionModel, prepared: Pictured, judge: Judge | str, noises: int) -> Sheet:
     """Noises × classes, or × held-out captions, and what the judge sees in each."""
     asked = some(model, prepared, COLUMNS)
     made, columns = generate(model, asked, range(noises)), len(asked.labels)
@@ -185,7 +185,7 @@ def grid(model: DiffusionModel, prepared: Prepared, judge: Judge | str, noises: 
     return sheet
 
 
-def denoising(model: DiffusionModel, prepared: Prepared) -> Sheet:
+def denoising(model: DiffusionModel, prepared: Pictured) -> Sheet:
     """Three samples on their way: the noisy image, and what the network takes it for."""
     asked = some(model, prepared, 3)
     n = len(asked.labels)
@@ -221,7 +221,7 @@ def denoising(model: DiffusionModel, prepared: Prepared) -> Sheet:
     return sheet
 
 
-def noised(model: DiffusionModel, prepared: Prepared) -> Sheet:
+def noised(model: DiffusionModel, prepared: Pictured) -> Sheet:
     """Held-out images noised to several t and denoised again, told their own condition."""
     items = prepared.some("val", 3)
     real, seeds = prepared.data.images[items], range(len(items))
@@ -263,7 +263,7 @@ def psnr(image: np.ndarray, other: np.ndarray) -> float:
     return float(-10 * np.log10(max(error, 1e-12)))
 
 
-def guidance(model: DiffusionModel, prepared: Prepared, record: Record) -> Sheet:
+def guidance(model: DiffusionModel, prepared: Pictured, record: Record) -> Sheet:
     """Guidance weights × conditions: two samples each, how many are as asked, and the weight to use."""
     labels = [name for name in prepared.corpus.labels() if record.matching(f"val/guidance.*/class_accuracy.{name}")]
     asked = spread(wanted(model, prepared, labels, 1), COLUMNS)

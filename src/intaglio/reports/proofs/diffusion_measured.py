@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from intaglio.data.prepare import Prepared
+from intaglio.data.prepare import Pictured
 from intaglio.health.instruments import samples
 from intaglio.health.record import Record
 from intaglio.history import NotMeasured
@@ -44,7 +44,7 @@ def decibels(model: DiffusionModel, t: int) -> str:
     return "noise alone" if value == -np.inf else f"{round(value)} dB".replace("-", "−")
 
 
-def draw(model: DiffusionModel, prepared: Prepared, judge: Judge | str) -> np.ndarray:
+def draw(model: DiffusionModel, prepared: Pictured, judge: Judge | str) -> np.ndarray:
     """80 samples or more, every class or a text of it in turn, as the run samples."""
     labels = judge.labels if isinstance(judge, Judge) else model.classes or prepared.corpus.labels() or ("",)
     asked = wanted(model, prepared, labels, -(-DRAWN // len(labels)))
@@ -112,7 +112,7 @@ def conditions(model: DiffusionModel, asked: Asked) -> Sheet:
     return sheet
 
 
-def no_map(model: DiffusionModel, prepared: Prepared) -> str | None:
+def no_map(model: DiffusionModel, prepared: Pictured) -> str | None:
     """Why the conditions cannot be shown as a map."""
     count = len(prepared.splits["val"]) if model.prompts is not None else len(model.classes)
     what = "held-out captions" if model.prompts is not None else "classes"
@@ -121,7 +121,7 @@ def no_map(model: DiffusionModel, prepared: Prepared) -> str | None:
     )
 
 
-def conditions_map(model: DiffusionModel, prepared: Prepared) -> Sheet:
+def conditions_map(model: DiffusionModel, prepared: Pictured) -> Sheet:
     """Conditions as points of a plane in which neighbours stay neighbours."""
     items = prepared.some("val", 240)
     labels = [label or "" for label in prepared.labels_of(items)]
@@ -152,7 +152,7 @@ def _colour(kinds: Sequence[str], name: str) -> str:
 # The loss by noise level.
 
 
-def noise_levels(model: DiffusionModel, prepared: Prepared, record: Record) -> Sheet:
+def noise_levels(model: DiffusionModel, prepared: Pictured, record: Record) -> Sheet:
     """Each bin of log-SNR: a held-out image there, what the network takes it for, and the loss beside its null."""
     found = {float(name.split("/")[1][8:]): s for name, s in record.matching("val/log_snr.*/loss").items()}
     centres = sorted(found, reverse=True)
@@ -198,7 +198,7 @@ def _bin(centre: float) -> str:
     return f"{centre - 1:g} to {centre + 1:g}".replace("-", "−")
 
 
-def own(model: DiffusionModel, prepared: Prepared, items: np.ndarray) -> Condition:
+def own(model: DiffusionModel, prepared: Pictured, items: np.ndarray) -> Condition:
     """What held-out items are, as the model is told it."""
     labels = [label or "" for label in prepared.labels_of(items)]
     captions = [prepared.corpus.captions(int(i))[0] for i in items] if model.prompts is not None else None
@@ -229,7 +229,7 @@ def radial_power(images: np.ndarray) -> np.ndarray:
     return np.stack([power[:, ring == r].mean(1) for r in range(1, size // 2 + 1)], 1)
 
 
-def spectrum(prepared: Prepared, made: np.ndarray) -> Sheet:
+def spectrum(prepared: Pictured, made: np.ndarray) -> Sheet:
     """Power by frequency of samples and of held-out images, with examples of either."""
     real = prepared.data.images[prepared.some("val", 256)]
     of_real, of_made = radial_power(real), radial_power(made)
@@ -309,7 +309,7 @@ class Closest:
     usual: float
 
 
-def closest(prepared: Prepared, judge: Judge | str, made: np.ndarray) -> Closest | NotMeasured:
+def closest(prepared: Pictured, judge: Judge | str, made: np.ndarray) -> Closest | NotMeasured:
     """By the judge's features, as ``neighbour_ratio`` and ``copied_share`` are measured."""
     if isinstance(judge, str):
         return NotMeasured(judge)
@@ -323,7 +323,7 @@ def closest(prepared: Prepared, judge: Judge | str, made: np.ndarray) -> Closest
     return Closest(some[nearest], found[1], samples.copied_below(found[0]), float(found[0].mean()))
 
 
-def neighbours(prepared: Prepared, made: np.ndarray, found: Closest | NotMeasured) -> Sheet:
+def neighbours(prepared: Pictured, made: np.ndarray, found: Closest | NotMeasured) -> Sheet:
     """The samples that lie nearest to training images, and as many others, each beside those."""
     assert isinstance(found, Closest)
     order = np.argsort(found.ratios, kind="stable")

@@ -6,6 +6,7 @@ from intaglio.config import Config
 from intaglio.training.kinds.autoencoder import AutoencoderKind
 from intaglio.training.kinds.base import Kind
 from intaglio.training.kinds.diffusion import DiffusionKind
+from intaglio.training.kinds.jepa import JepaKind
 from intaglio.training.kinds.multimodal import MultimodalKind
 
 __all__ = ["KINDS", "Kind", "kind_of"]
@@ -14,6 +15,7 @@ KINDS: Mapping[str, type[Kind]] = {
     "multimodal": MultimodalKind,
     "autoencoder": AutoencoderKind,
     "diffusion": DiffusionKind,
+    "jepa": JepaKind,
 }
 
 

@@ -7,7 +7,7 @@ from typing import Any
 
 from intaglio.config import AutoencoderConfig, to_dict
 from intaglio.data.corpus import Progress
-from intaglio.data.prepare import Prepared, prepare_pictures
+from intaglio.data.prepare import Pictured, prepare_pictures
 from intaglio.history.reading import Evaluation
 from intaglio.history.run_folder import RunFolder
 from intaglio.models.autoencoder import Autoencoder
@@ -26,14 +26,14 @@ class AutoencoderKind(Kind):
 
     def prepare(
         self, saved: Mapping[str, Any] | None, model: Autoencoder | None, progress: Progress | None, say: Say
-    ) -> Prepared:
+    ) -> Pictured:
         return prepare_pictures(self.config.data, self.config.seed, progress)
 
-    def describe(self, prepared: Prepared) -> str:
+    def describe(self, prepared: Pictured) -> str:
         size = self.config.data.image_size
         return f"{size} × {size} pixels"
 
-    def build(self, prepared: Prepared, model: Autoencoder | None = None) -> autoencoder.AutoencoderSystem:
+    def build(self, prepared: Pictured, model: Autoencoder | None = None) -> autoencoder.AutoencoderSystem:
         return autoencoder.build(self.config, prepared, model)
 
     def refuse_other_shape(self, model: Autoencoder, source: RunFolder) -> None:
@@ -44,13 +44,13 @@ class AutoencoderKind(Kind):
                 f"differ). Fine-tune with its own recipe: intaglio train --from {source.path} --data.source FOLDER"
             )
 
-    def complete(self, model: Autoencoder, prepared: Prepared, say: Say) -> None:
+    def complete(self, model: Autoencoder, prepared: Pictured, say: Say) -> None:
         say("fitting mean and standard deviation of each latent channel to the training images")
         train, images = prepared.splits["train"], prepared.data.images
         model.fit_statistics(images[train[at : at + 64]] for at in range(0, len(train), 64))
 
-    def evaluate(self, model: Autoencoder, prepared: Prepared, judge: Judge | str) -> Evaluation:
+    def evaluate(self, model: Autoencoder, prepared: Pictured, judge: Judge | str) -> Evaluation:
         return evaluate(model, prepared, judge)
 
-    def prove(self, model: Autoencoder, prepared: Prepared, folder: Path, quick: bool, *measured: Any) -> list[Path]:
+    def prove(self, model: Autoencoder, prepared: Pictured, folder: Path, quick: bool, *measured: Any) -> list[Path]:
         return make_proofs(model, prepared, folder)

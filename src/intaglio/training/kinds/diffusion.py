@@ -14,7 +14,7 @@ from intaglio.data.batches import Pictures
 from intaglio.data.cache import cache_folder
 from intaglio.data.corpus import Progress
 from intaglio.data.latents import Source, cache_latents
-from intaglio.data.prepare import Prepared, open_corpus, prepare_pictures
+from intaglio.data.prepare import Pictured, open_corpus, prepare_pictures
 from intaglio.health.record import Record
 from intaglio.history import run_folder
 from intaglio.history.reading import Evaluation
@@ -43,7 +43,7 @@ class DiffusionKind(Kind):
 
     def prepare(
         self, saved: Mapping[str, Any] | None, model: DiffusionModel | None, progress: Progress | None, say: Say
-    ) -> Prepared:
+    ) -> Pictured:
         """Images, or their latents from the cache; autoencoder and text encoder are the model's or checkpoint's own."""
         config = self.config
         if config.model.network == "documented" and config.condition.by == "text":
@@ -77,7 +77,7 @@ class DiffusionKind(Kind):
         self.autoencoder.to(before)
         return prepared
 
-    def saved(self, prepared: Prepared) -> dict[str, Any]:
+    def saved(self, prepared: Pictured) -> dict[str, Any]:
         return {
             "autoencoder": self.autoencoder.arguments if self.autoencoder is not None else None,
             "prompts": self.prompts.config() if self.prompts is not None else None,
@@ -112,7 +112,7 @@ class DiffusionKind(Kind):
             Path(config.condition.encoder), [text for i in range(len(corpus)) for text in corpus.captions(i)]
         )
 
-    def _tell_texts(self, prepared: Prepared) -> None:
+    def _tell_texts(self, prepared: Pictured) -> None:
         """Counts, for the notices, captions that the text encoder cuts and pieces that it does not know."""
         if self.prompts is None:
             return
@@ -122,7 +122,7 @@ class DiffusionKind(Kind):
         told = {"captions": len(texts), "captions cut": cut, "text length": length, "unknown tokens": unknown}
         prepared.record.update(told)
 
-    def _refuse_unlabelled(self, prepared: Prepared) -> None:
+    def _refuse_unlabelled(self, prepared: Pictured) -> None:
         if self.config.condition.by != "class":
             return
         labels = prepared.labels_of(prepared.splits["train"])
@@ -138,7 +138,7 @@ class DiffusionKind(Kind):
                 "give more images of each, or another --seed."
             )
 
-    def _tell_round_trip(self, autoencoder: Autoencoder, prepared: Prepared, say: Say) -> None:
+    def _tell_round_trip(self, autoencoder: Autoencoder, prepared: Pictured, say: Say) -> None:
         images, train = prepared.data.images, prepared.some("train", 1024)
         if not autoencoder.fitted:
             say("fitting mean and standard deviation of each latent channel to the training images")
@@ -152,7 +152,7 @@ class DiffusionKind(Kind):
                 "train it longer, or with more latent channels, before diffusion"
             ]
 
-    def _in_latents(self, prepared: Prepared, autoencoder: Autoencoder, say: Say) -> Prepared:
+    def _in_latents(self, prepared: Pictured, autoencoder: Autoencoder, say: Say) -> Pictured:
         config, data = self.config, prepared.data
         assert isinstance(data, Pictures)
         source = Source(prepared.corpus.fingerprint(), autoencoder.fingerprint(), len(data), config.data.flips)
@@ -169,14 +169,14 @@ class DiffusionKind(Kind):
         table = cache_latents(folder, data.images, autoencoder.latents, source, progress=progress)
         return replace(prepared, data=replace(data, latents=table))
 
-    def describe(self, prepared: Prepared) -> str:
+    def describe(self, prepared: Pictured) -> str:
         data = prepared.data
         assert isinstance(data, Pictures)
         shape = (3, *data.images.shape[1:3]) if data.latents is None else data.latents.shape
         what = {"class": "classes", "text": "texts", "none": "no condition"}[self.config.condition.by]
         return f"{' × '.join(map(str, shape))} numbers each, {what}"
 
-    def build(self, prepared: Prepared, model: DiffusionModel | None = None) -> diffusion.DiffusionSystem:
+    def build(self, prepared: Pictured, model: DiffusionModel | None = None) -> diffusion.DiffusionSystem:
         if model is None:
             model = diffusion.new_model(self.config, prepared.corpus.labels(), self.autoencoder, self.prompts)
         return diffusion.build(self.config, prepared, model)
@@ -194,13 +194,13 @@ class DiffusionKind(Kind):
                     f"Fine-tune with its own recipe: intaglio train --from {source.path} --data.source FOLDER"
                 )
 
-    def evaluate(self, model: DiffusionModel, prepared: Prepared, judge: Judge | str) -> Evaluation:
+    def evaluate(self, model: DiffusionModel, prepared: Pictured, judge: Judge | str) -> Evaluation:
         return evaluate(model, prepared, judge, self.config.sampling.each)
 
     def prove(
         self,
         model: DiffusionModel,
-        prepared: Prepared,
+        prepared: Pictured,
         folder: Path,
         quick: bool,
         judge: Judge | str = WHILE_TRAINING,

@@ -5,10 +5,10 @@ from typing import Any
 
 from intaglio.config import Config
 from intaglio.health.finding import SEVERITIES, Finding
-from intaglio.health.rules.static import diffusion, multimodal, training
-from intaglio.health.rules.static.facts import ATTENTION, CaptionFacts, DataFacts, Facts
+from intaglio.health.rules.static import diffusion, jepa, multimodal, training
+from intaglio.health.rules.static.facts import ATTENTION, CaptionFacts, DataFacts, Facts, GridFacts
 
-__all__ = ["ATTENTION", "RULES", "CaptionFacts", "DataFacts", "Facts", "judge"]
+__all__ = ["ATTENTION", "RULES", "CaptionFacts", "DataFacts", "Facts", "GridFacts", "judge"]
 
 StaticRule = Callable[[Facts[Any]], list[Finding]]
 
@@ -16,6 +16,7 @@ RULES_OF: Mapping[str, tuple[StaticRule, ...]] = {
     "multimodal": (*multimodal.RULES, *training.RULES),
     "autoencoder": training.RULES,
     "diffusion": (*diffusion.RULES, *training.RULES),
+    "jepa": (*jepa.RULES, *training.RULES),
 }
 
 RULES = tuple(dict.fromkeys(rule for rules in RULES_OF.values() for rule in rules))

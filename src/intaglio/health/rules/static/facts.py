@@ -29,12 +29,30 @@ class CaptionFacts:
 
 
 @dataclass(frozen=True)
+class GridFacts:
+    """What a sample of the training tasks is like.
+
+    ``answers`` counts the pairs of all training tasks. Shares: ``same`` of pairs whose output is their input,
+    ``repeated`` of tasks whose demonstrations are one, ``dropped`` of objects that no token stands for (None where
+    cells are read), ``changed`` of tasks that a draw of the augmentation alters, ``variety`` of those that draws alter
+    differently (None without augmentation).
+    """
+
+    answers: int
+    same: float = 0.0
+    repeated: float = 0.0
+    dropped: float | None = None
+    changed: float | None = None
+    variety: float | None = None
+
+
+@dataclass(frozen=True)
 class DataFacts:
     """The data as training will see it.
 
     ``train`` and ``held_out`` count items; ``low`` and ``high`` bound the pixels (0 to 255); ``sampled`` is the number
-    of items that were read; ``unlabelled`` counts training items without a class; ``captions`` is None where none are
-    learnt from.
+    of items that were read; ``unlabelled`` counts training items without a class; ``captions`` and ``grids`` are None
+    where none are learnt from.
     """
 
     train: int
@@ -45,6 +63,7 @@ class DataFacts:
     classes: tuple[str, ...] = ()
     unlabelled: int = 0
     captions: CaptionFacts | None = None
+    grids: GridFacts | None = None
 
 
 @dataclass(frozen=True)

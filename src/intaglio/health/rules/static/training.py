@@ -8,7 +8,10 @@ from intaglio.config import Config
 from intaglio.health.finding import Finding
 from intaglio.health.rules.static.facts import Facts, found
 
-NO_WEIGHTS = {"pairing", "temperature", "prediction", "weighting", "gamma"}
+NO_WEIGHTS = {
+    *("pairing", "temperature", "prediction", "weighting", "gamma"),
+    *("objective", "queue", "bounds", "slices"),
+}
 """Keys below ``loss`` that multiply no term."""
 
 
