@@ -365,9 +365,9 @@ def test_sigreg_that_stands_at_its_value_of_collapse_is_found(rectified):
 def test_relations_that_outweigh_the_rest_six_times_are_found(train, healthy):
     """J. Of fresh embeddings they make one, which rank-collapse sees; those of the twin are apart."""
     slow = (*until(12), "--model.codes_after=80", "--optim.rate=1e-4")
-    fault = found(train(*slow, "--loss.relational=200", parent=healthy.path))["term-dominates"]
+    fault = found(train(*slow, "--loss.relational=70", parent=healthy.path))["term-dominates"]
     assert "The term relational makes" in fault.message
-    assert "term-dominates" not in found(train(*slow, "--loss.relational=0.05", parent=healthy.path))
+    assert not {"term-dominates", "diverged"} & set(found(train(*slow, "--loss.relational=0.05", parent=healthy.path)))
 
 
 # Faults that show with time

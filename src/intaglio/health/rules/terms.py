@@ -7,10 +7,10 @@ import numpy as np
 from intaglio.health.finding import Finding, Remedy
 from intaglio.health.record import Record
 from intaglio.health.rule import Limits, Rule, rule
-from intaglio.health.rules.training import FEWEST, LOOKS, QUANTISER
+from intaglio.health.rules.training import BESIDE, FEWEST, LOOKS, QUANTISER
 from intaglio.history import NotMeasured, Series
 
-ASIDE = ("relational", "invariance", "colour", "flip", "shift", *QUANTISER)
+ASIDE = (*BESIDE, *QUANTISER)
 """Words in the names of terms that stand beside what is to be learnt."""
 
 

@@ -29,7 +29,11 @@ ADVERSARIAL = ("generator", "discriminator", "adversarial")
 """Words in the names of losses that two networks set each other, and that need not fall."""
 
 
-ASIDE = ("/kl", *QUANTISER, *ADVERSARIAL)
+BESIDE = ("relational", "invariance", "colour", "flip", "shift")
+"""Names of terms that stand beside what is to be learnt: relations of embeddings, and what they shall not depend on."""
+
+
+ASIDE = ("/kl", *QUANTISER, *ADVERSARIAL, *(f"/{name}" for name in BESIDE))
 """Terms whose course alone says nothing of whether the model learns."""
 
 
