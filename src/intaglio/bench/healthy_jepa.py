@@ -16,22 +16,22 @@ from intaglio.bench.healthy import counted, one
 COMMON = [
     "--data.items=6000", "--train.steps=600", "--train.batch_size=16", "--train.validate_items=96",
     "--health.probe=192", "--optim.warmup=50", "--train.ema=0.99", "--model.width=64", "--model.heads=2",
-    "--model.layers=2",
-    "--model.predictor_layers=1", "--model.slots=4", "--model.embedding=64", "--model.codes=64", "--loss.queue=1024",
+    "--model.layers=2", "--model.predictor_layers=1", "--model.slots=4", "--model.embedding=64", "--model.codes=64",
 ]  # fmt: skip
 LEJEPA = ["--loss.objective=lejepa", "--loss.sigreg=0.05"]
+TARGET = ["--model.target=0.99", "--loss.queue=1024"]
 PLAIN = ["--model.quantiser=none", "--loss.commitment=0"]
 VARIANTS: dict[str, list[str]] = {
     "codes": [],
     "codes-narrow": ["--model.width=48"],
     "codes-wide": ["--model.width=96", "--model.heads=3"],
     "codes-many": ["--model.codes=128", "--model.slots=8"],
-    "codes-target": ["--model.target=0.99"],
+    "codes-target": TARGET,
     "codes-sigreg": ["--loss.sigreg=0.02"],
     "codes-lejepa": LEJEPA,
     "fsq": ["--model.quantiser=fsq", "--model.levels=[5,5,5]"],
     "plain": PLAIN,
-    "plain-no-queue": [*PLAIN, "--loss.queue=0"],
+    "plain-target": [*PLAIN, *TARGET],
     "plain-adamw": [*PLAIN, "--optim.kind=adamw", "--optim.rate=1e-3"],
     "plain-constant": [*PLAIN, "--optim.schedule=constant", "--optim.rate=1e-3"],
     "plain-lejepa": [*LEJEPA, *PLAIN],

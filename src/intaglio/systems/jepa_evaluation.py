@@ -101,7 +101,7 @@ def evaluate(model: JepaModel, prepared: Puzzles, config: JepaConfig) -> Evaluat
             continue
         items = some(held_out, MOST)
         read, blind = read_items(model, prepared.data, items), read_items(random, prepared.data, items)
-        known = sides["train"][kind] if len(sides["train"][kind]) else held_out
+        known = sides["train"][kind] if len(sides["train"][kind]) else np.unique(prepared.splits["train"])
         fitted = read_items(model, prepared.data, some(known, FITTED))
         found |= {f"val/{kind}/{name}": m for name, m in outcome(model, corpus, pool, read, random, blind).items()}
         found |= {f"val/{kind}/{name}": m for name, m in crowded(crowd, corpus, read, fitted).items()}

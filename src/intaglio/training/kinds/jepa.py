@@ -42,7 +42,7 @@ class JepaKind(Kind):
         if config.train.batch_size < 2 and config.loss.objective == "infonce" and not config.loss.queue:
             raise ValueError(
                 "train.batch_size is 1 and loss.queue 0: the answers of one task alone teach no difference between "
-                "tasks. Use --train.batch_size 32, or --loss.queue 4096."
+                "tasks. Use --train.batch_size 32, or --loss.queue 4096 with --model.target 0.99."
             )
         if config.loss.objective == "infonce" and config.loss.queue > pairs:
             raise ValueError(
