@@ -64,7 +64,8 @@ def read_items(model: JepaModel, data: Tasks, items: np.ndarray) -> Read:
     """Reads the given tasks in their order."""
     found: dict[str, list[Tensor]] = {k: [] for k in ("predicted", "answers", "questions", "rule", "codes")}
     for batch in fixed_batches(data, items, 64):
-        seen = model.read(batch.grids, batch.real)
+        with torch.autocast(model.device.type, torch.bfloat16):  # as `embed`, or an answer would differ from its rivals
+            seen = model.read(batch.grids, batch.real)
         for name in ("predicted", "answers", "questions"):
             found[name].append(F.normalize(getattr(seen, name)[:, -1].float(), dim=-1))
         found["rule"].append(seen.rule[:, -1].float())
