@@ -107,6 +107,11 @@ CASES = [
         {"train/log_snr.-7/weight": looks(0.00068, 0.1), "val/log_snr.-7/loss": looks(0.15, 0.2)},
         [],
     ),
+    (
+        "high-noise-starved",  # x0 learns fine detail last, and images are none the worse for it
+        {"train/log_snr.7/weight": looks(0.0001, 0.1), "val/log_snr.7/loss": looks(0.001, 0.001)},
+        ["warning"],
+    ),
     ("high-noise-starved", {"train/log_snr.-7/weight": looks(0.02, 0.1)}, []),
     ("schedule-mismatch", {"train/noise/terminal_snr": looks(0.0047, 0)}, ["warning"]),
     ("schedule-mismatch", {"train/noise/terminal_snr": looks(2.4e-9, 0)}, []),

@@ -26,7 +26,7 @@ VARIANTS: dict[str, tuple[str, list[str]]] = {
     "pixels-adamw": ("diffusion-small", [*PIXELS, "--optim.kind=adamw", "--optim.rate=1e-3"]),
     "pixels-x0": ("diffusion-small", [*PIXELS, "--loss.prediction=x0"]),
     "pixels-flow": ("diffusion-small", [*PIXELS, "--loss.prediction=flow", "--noise.kind=straight"]),
-    "pixels-min-snr": ("diffusion-small", [*PIXELS, "--loss.weighting=min-snr"]),
+    "pixels-log-snr": ("diffusion-small", [*PIXELS, "--loss.weighting=log-snr"]),
     "latents": ("diffusion-latent", [*COMMON, "--data.image_size=32", "--model.widths=[24,32]"]),
     "texts": ("diffusion-text", PIXELS),
     "no-condition": ("diffusion-small", [*PIXELS, "--condition.by=none", "--sampling.guidance=1"]),
@@ -48,7 +48,8 @@ def measure() -> tuple[list[Result], dict[str, Any]]:
         print(json.dumps(runs[-1]), flush=True)
 
     add("autoencoder", "autoencoder-small", [*small, "--train.steps=800"], ["val/round_trip/r2"])
-    reader = [*data, "--data.image_size=32", "--model.channels=[16,24,32]", "--model.latent=32", "--prior.layers=0"]
+    reader = [*data, "--data.image_size=32", "--model.channels=[16,24,32]", "--model.latent=32"]
+    reader += ["--prior.steps=300", "--prior.width=96"]  # as `healthy`: without one it could draw nothing
     add(
         "reader",
         "multimodal-small",

@@ -383,7 +383,8 @@ def round_trip_ceiling(record: Record, limits: Limits) -> Iterator[Finding]:
 def high_noise_starved(record: Record, limits: Limits) -> Iterator[Finding]:
     """The weighting of the loss, or the choice of t, leaves some bins of log-SNR untrained.
 
-    Seen by the bin's share beside an even one, where the held-out loss in it is no better than its null.
+    Seen by the bin's share beside an even one, where the held-out loss in it is no better than its null. It fails where
+    noise outweighs the signal: below, the noisy image is nearly the image, and only fine detail is lost.
     """
     starved, untaught = {}, False
     for name, s in record.matching("train/log_snr.*/weight").items():
@@ -392,7 +393,8 @@ def high_noise_starved(record: Record, limits: Limits) -> Iterator[Finding]:
         learnt = loss is not None and loss.null is not None and loss.value < (1 - limits["learnt"]) * loss.null
         if s.null and s.value < limits["share"] * s.null and not learnt:
             starved[float(centre)] = s.value / s.null
-            untaught |= loss is not None and loss.null is not None and record.settled(loss)
+            dark = float(centre) < 0
+            untaught |= dark and loss is not None and loss.null is not None and record.settled(loss)
     if starved:
         worst = min(starved, key=lambda b: starved[b])
         yield Finding(
