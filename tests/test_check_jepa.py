@@ -22,7 +22,7 @@ from intaglio.objectives.sigreg import collapsed_sigreg
 
 TINY = [
     *("--data.items=200", "--train.batch_size=4", "--train.precision=fp32", "--train.device=cuda"),
-    *("--model.width=32", "--model.heads=2", "--model.layers=1", "--model.predictor_layers=1", "--model.slots=2"),
+    *("--model.width=32", "--model.heads=2", "--model.layers=1", "--model.predictor_layers=1", "--model.slots=4"),
     *("--model.codes=16", "--model.embedding=8", "--health.probe=20", "--train.ema=0.9"),
 ]
 
@@ -68,7 +68,7 @@ FAULTS = [
     ("--optim.warmup 1400", "learning-rate-off", "warning"),
     ("--loss.commitment 0", "quantiser-loss-missing", "fail"),
     ("--model.codes_after 2000", "quantiser-loss-missing", "fail"),
-    ("--model.codes 4096", "codebook-collapse", "fail"),
+    ("--model.codes 8192", "codebook-collapse", "fail"),
     ("--model.codes 256", "revival-threshold", "warning"),
     ("--loss.temperature 0.02", "temperature-stuck", "warning"),
     ("--loss.bounds [0.09,0.11]", "temperature-stuck", "warning"),

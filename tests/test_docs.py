@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import test_diffusion_system
 import test_jepa_system
+import test_vqa_system
 from conftest import TINY, train
 from PIL import Image
 from test_arc_data import raw, written
@@ -73,6 +74,12 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
         made = test_jepa_system.run(place / name, *test_jepa_system.INFONCE, *source)
         (place / "runs" / name).symlink_to(made.path)
     (place / "JEPA").symlink_to(place / "runs" / "jepa-small")
+    asked = [f"{i}.png,how many things are there?,{'one' if i % 2 else 'two'}" for i in range(1, 48)]
+    (place / "FOLDER" / "questions.csv").write_text("\n".join(["img_id,question,answer", *asked]) + "\n")
+    (place / "questions.csv").write_text("image,question\na.png,what is the largest thing?\nb,where is it?\n")
+    made = test_vqa_system.run(place / "vqa")
+    for name in ("VQA", "runs/photos"):
+        (place / name).symlink_to(made.path)
     rows = [f"{50 * k},{2.0 ** (-k / 8) + 0.3:.6f},{2.0 ** (-k / 9) + 0.35:.6f},{k / 60}" for k in range(60)]
     (place / "history.csv").write_text("\n".join(["step,loss,val_loss,quux", *rows]) + "\n")
     (ablation,) = re.findall(r"```yaml\n(.*?)```", (ROOT / "docs/sweeps.md").read_text(encoding="utf-8"), re.DOTALL)
@@ -95,6 +102,7 @@ def test_command_of_the_docs_works(
         folder = any("FOLDER" in w for w in words)
         ours = {"autoencoder": test_diffusion_system.AUTOENCODER, "diffusion": test_diffusion_system.DIFFUSION}
         ours["jepa"] = [*test_jepa_system.COMMON, *test_jepa_system.INFONCE]
+        ours["vqa"] = test_vqa_system.COMMON
         system = next((name for name in ours if any(name in w for w in words)), None)
         tiny = [w for w in (ours[system] if system else TINY) if not (folder and w.startswith("--data.items"))]
         words = ["train", *tiny, "--runs=more", *([] if "--print_config" in words else ["--quiet"]), *words[1:]]

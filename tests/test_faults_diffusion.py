@@ -25,7 +25,7 @@ COMMON = [
     *("--train.device=cpu", "--optim.kind=adamw", "--optim.rate=1e-2", "--optim.warmup=20", "--data.image_size=16"),
     *("--data.held_out=0.25", "--data.flips=false", "--health.probe=100"),
 ]
-AUTOENCODER = [*COMMON, "--model.channels=[32,64]", "--model.latent=32", "--optim.kind=muon"]
+AUTOENCODER = [*COMMON, "--model.channels=[32,64]", "--model.latent=32", "--optim.kind=muon", "--train.steps=400"]
 DIFFUSION = [*COMMON, "--model.blocks=1", "--sampling.each=50", "--sampling.steps=8"]
 PIXELS = [*DIFFUSION, "--model.widths=[16,32]", "--model.patch=2", "--sampling.guidance=1.5"]
 LATENTS = [*DIFFUSION, "--model.widths=[32,32]", "--model.patch=1", "--sampling.guidance=2"]

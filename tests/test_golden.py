@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 import test_diffusion_system
 import test_jepa_system
+import test_vqa_system
 import torch
 from conftest import train
 
@@ -52,14 +53,19 @@ def predicted(scratch: Path) -> dict[str, RunFolder]:
     return {name: test_jepa_system.run(scratch / name, *words) for name, words in objectives.items()}
 
 
+def answered(scratch: Path) -> dict[str, RunFolder]:
+    """A run of questions and answers, with stages and all terms."""
+    return {"vqa": test_vqa_system.run(scratch / "vqa", *test_vqa_system.STAGED)}
+
+
 @pytest.fixture(scope="module")
 def runs(reference: RunFolder, tmp_path_factory: pytest.TempPathFactory) -> dict[str, RunFolder]:
     scratch = tmp_path_factory.mktemp("golden")
-    return {"multimodal": reference, **diffused(scratch), **predicted(scratch)}
+    return {"multimodal": reference, **diffused(scratch), **predicted(scratch), **answered(scratch)}
 
 
 @pytest.mark.parametrize(
-    "system", ["multimodal", "autoencoder", "diffusion", "diffusion-latent", "jepa", "jepa-lejepa"]
+    "system", ["multimodal", "autoencoder", "diffusion", "diffusion-latent", "jepa", "jepa-lejepa", "vqa"]
 )
 def test_the_losses_are_the_committed_ones(system, runs):
     golden, now = json.loads((GOLDEN / f"{system}.json").read_text()), losses(runs[system])
@@ -75,7 +81,8 @@ if __name__ == "__main__":
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
-        for system, run in {"multimodal": train(folder), **diffused(folder), **predicted(folder)}.items():
+        made = {"multimodal": train(folder), **diffused(folder), **predicted(folder), **answered(folder)}
+        for system, run in made.items():
             content = {"machine": machine(), "losses": losses(run)}
             (GOLDEN / f"{system}.json").write_text(json.dumps(content, indent=1) + "\n")
     sys.exit()

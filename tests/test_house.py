@@ -18,7 +18,7 @@ FLOORS = {
     3: {"models", "sampling"},
     4: {"systems", "health"},
     5: {"training", "reports"},
-    6: {"__init__", "__main__", "analysis", "api", "cli", "puzzles", "recipes", "bench"},
+    6: {"__init__", "__main__", "analysis", "answering", "api", "cli", "files", "puzzles", "recipes", "bench"},
 }
 FLOOR_OF = {part: floor for floor, parts in FLOORS.items() for part in parts}
 

@@ -34,7 +34,7 @@ from intaglio.systems.jepa import JepaSystem, Queue
 from intaglio.training.kinds import kind_of
 from intaglio.training.loop import measure
 
-TINY = {"width": 32, "heads": 2, "layers": 1, "predictor_layers": 2, "slots": 2, "embedding": 16, "codes": 64}
+TINY = {"width": 32, "heads": 2, "layers": 1, "predictor_layers": 2, "slots": 4, "embedding": 16, "codes": 64}
 
 
 def model(seed: int = 0, **options: Any) -> JepaModel:
@@ -67,7 +67,7 @@ def some_tasks(items: int = 6) -> TaskBatch:
 @torch.no_grad()
 def test_a_grid_has_one_embedding_in_any_company(patch):
     torch.manual_seed(0)
-    encoder = GridEncoder(32, 2, 2, slots=3, patch=patch).eval()
+    encoder = GridEncoder(32, 2, 2, slots=4, patch=patch).eval()
     rng = np.random.default_rng(0)
     sizes = [(1, 1), (1, 30), (30, 1), (2, 3), (3, 2), *map(tuple, rng.integers(1, 12, (40, 2)).tolist())]
     sizes += [(30, 30)] * (CHUNK // 900 + 2 if patch == 1 else 2)  # more than one chunk holds
@@ -83,7 +83,7 @@ def test_a_grid_has_one_embedding_in_any_company(patch):
 
 @torch.no_grad()
 def test_another_cell_place_or_size_is_another_embedding():
-    encoder = GridEncoder(32, 1, 2, slots=2, patch=2).eval()
+    encoder = GridEncoder(32, 1, 2, slots=4, patch=2).eval()
     grid = tables([(5, 6)], 8)
     other = grid.clone()
     other[0, 4, 5] = (other[0, 4, 5] + 1) % COLOURS
@@ -129,7 +129,10 @@ def test_no_prediction_knows_its_answer(context, quantiser):
 @torch.no_grad()
 def test_a_pair_that_is_missing_says_nothing(context):
     jepa, batch = model(context=context), some_tasks()
+    jepa.train().read(*batch[:2])  # until then there are no codes
+    jepa.eval()
     before = jepa.read(batch.grids, batch.real)
+    assert (model(context=context).read(*batch[:2]).codes == -1).all()
     grids = batch.grids.clone()
     grids[~batch.real] = batch.grids[5, 3]
     after = jepa.read(grids, batch.real)

@@ -28,7 +28,7 @@ COMMON = [
     *("--train.steps=20", "--train.batch_size=6", "--train.accumulate=2", "--train.log_every=1", "--train.keep=9"),
     *("--train.validate_every=10", "--train.checkpoint_every=5", "--train.validate_items=12", "--train.ema=0.9"),
     *("--train.precision=fp32", "--train.device=cpu", "--optim.warmup=4", "--data.items=120", "--health.probe=12"),
-    *("--model.width=32", "--model.heads=2", "--model.layers=1", "--model.predictor_layers=1", "--model.slots=2"),
+    *("--model.width=32", "--model.heads=2", "--model.layers=1", "--model.predictor_layers=1", "--model.slots=4"),
     *("--model.embedding=16", "--loss.slices=16"),
 ]
 INFONCE = ["--loss.queue=64", "--model.quantiser=vq", "--model.codes=16", "--model.codes_after=3", "--model.target=0.9"]
@@ -84,7 +84,7 @@ def test_a_checkpoint_holds_what_no_weight_says(infonce, lejepa):
     assert int(found["queue.added"]) == 20 * 2 * 6 * 4, "every answer of every pass, and the queue went round"
     assert int(codes["updates"]) == 20 - 3
     assert int(codes["last_used"].max()) == 20 - 3 - 1
-    assert float(codes["cluster_size"].sum()) == pytest.approx(2 * 6 * 4 * 2 * 2), "slots of an optimizer step"
+    assert float(codes["cluster_size"].sum()) == pytest.approx(2 * 6 * 4 * 2 * 4), "slots of an optimizer step"
     assert bool(codes["started"])
     assert float(found["log_scale"].exp()) != pytest.approx(10, abs=1e-6)
     apart = [k for k in found if k.startswith("model.target.") and not _equal(found, k)]
@@ -239,7 +239,7 @@ SMALL = ["--model.codes=16", "--loss.queue=64", "--model.target=0.9"]
     ("more", "said"),
     [
         (["--loss.queue=433"], r"loss\.queue is 433, but the training tasks have 432 answers.*--loss\.queue 128 or"),
-        (["--model.codes=2000"], r"model\.codes is 2000, but an epoch has 1728 slots.*--model\.codes 64 or less"),
+        (["--model.codes=4000"], r"model\.codes is 4000, but an epoch has 3456 slots.*--model\.codes 128 or less"),
         (["--train.batch_size=1", "--loss.queue=0"], r"loss\.queue 0: .*--train\.batch_size 32, or --loss\.queue 4096"),
         (["--train.batch_size=128"], r"train\.batch_size is 128, but only 108 items.*--train\.batch_size 64"),
         (["--data.items=1"], r"data\.items is 1; use at least 2"),

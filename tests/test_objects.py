@@ -168,7 +168,7 @@ def test_check_counts_it_and_finds_no_fault():
     cells, ours = (check(load("jepa-small", [*few, f"--model.tokens={kind}"])) for kind in ("cells", "objects"))
     assert [f.rule for f in ours.findings] == [f.rule for f in cells.findings]
     assert not [f for f in ours.findings if f.severity == "fail"]
-    ours_alone = sum(p.numel() for p in ObjectEncoder(192, 3, 6, 8).parameters())
+    ours_alone = sum(p.numel() for p in ObjectEncoder(192, 3, 6, 16).parameters())
     assert ours.parameters.modules["encoder"] == ours_alone
     assert ours.memory.activations_bytes < cells.memory.activations_bytes
     with pytest.raises(ValueError, match=r"model\.patch has no effect on model\.tokens objects"):

@@ -206,3 +206,14 @@ def test_limits_hold_on_real_pictures(name, folder, merged, tmp_path):
     found = copies_found(originals[which], images, tmp_path)
     assert np.mean(list(found.values())) >= 0.99, found
     assert min(found.values()) >= 0.97, found
+
+
+def test_groups_of_all_sizes_are_held_out_alike():
+    """Ten items a group or two: the share that is held out does not hang on it."""
+    sizes = np.random.default_rng(0).integers(1, 12, 3000)
+    groups = np.repeat(np.arange(3000), sizes)
+    corpus = Facts([f"g{k}" for k in groups])
+    chosen, _ = split(corpus, {"train": 0.9, "val": 0.1}, seed=0)
+    held_out = np.unique(groups[chosen["val"]])
+    assert len(chosen["val"]) == pytest.approx(0.1 * len(groups), rel=0.01)
+    assert sizes[held_out].mean() == pytest.approx(sizes.mean(), rel=0.06)

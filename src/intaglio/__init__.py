@@ -8,6 +8,7 @@ from importlib import import_module
 from typing import Any
 
 ELSEWHERE = {
+    "answer": "intaglio.answering:answer",
     "changelog": "intaglio.reports.changelog:changelog",
     "compare": "intaglio.reports.comparison:compare",
     "export": "intaglio.puzzles:export",
@@ -17,7 +18,7 @@ ELSEWHERE = {
     "runs": "intaglio.reports.lineage:read_lineage",
     "sweep": "intaglio.training.sweep:sweep",
 }
-"""Where the verbs are that need no model, or one of tasks."""
+"""Where the verbs are that need no model, or one of tasks or of questions."""
 
 VERBS = (
     *ELSEWHERE,

@@ -3,9 +3,7 @@
 Shapes: N items, S image side, Z latent dimensions.
 """
 
-import json
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,8 +14,9 @@ from torch import Tensor
 
 from intaglio.config import load
 from intaglio.data.batches import fixed_batches
-from intaglio.data.pixels import SUFFIXES, UnreadableImage, read_image
+from intaglio.data.pixels import read_image
 from intaglio.data.vectors import VectorFile
+from intaglio.files import BATCH, Skipped, contact_sheet, free_folder, image_batches, new_folder, write_rows
 from intaglio.health.check import CheckReport
 from intaglio.health.check import check as check_config
 from intaglio.history import HistoryWriter, Reading, read_history, run_folder
@@ -28,6 +27,7 @@ from intaglio.models.jepa import JepaModel
 from intaglio.models.multimodal import GUIDANCE, TEMPERATURE, MultimodalModel
 from intaglio.models.multimodal import interpolate as between
 from intaglio.models.saved import Model, of_run, open_saved
+from intaglio.models.vqa import VqaModel
 from intaglio.sampling.diffusion import Method, Sampler
 from intaglio.sampling.guidance import Guidance
 from intaglio.sampling.tokens import Decoding
@@ -50,15 +50,6 @@ __all__ = [
     "train",
 ]
 
-BATCH = 64
-
-
-@dataclass
-class Skipped:
-    """Files that could not be used, each with the reason: nothing is left out silently."""
-
-    reasons: dict[str, str] = field(default_factory=dict)
-
 
 def load_model(run: str | Path) -> Model:
     """The model of a finished run (or of a folder written by ``save_pretrained``), on a GPU where there is one."""
@@ -79,6 +70,7 @@ def _multimodal(run: str | Path, verb: str) -> MultimodalModel:
             Autoencoder: "reconstruct",
             DiffusionModel: "generate, reconstruct",
             JepaModel: "encode, search --task, export",
+            VqaModel: "answer",
         }[type(model)]
         raise ValueError(f"{run} is no multimodal model, and cannot {verb}. What it can do: {uses}.")
     return model
@@ -121,7 +113,7 @@ def caption(
     if sampled and seed is None:
         seed = 0
     found: dict[str, str] = {}
-    for names, pixels in _batches(images, model.image_size, skipped):
+    for names, pixels in image_batches(images, model.image_size, skipped):
         seeds = None if seed is None else [seed + len(found) + k for k in range(len(names))]
         found |= dict(zip(names, model.caption(model.encode(pixels), decoding, seeds), strict=True))
     return found
@@ -172,9 +164,9 @@ def generate(
         how = Sampler(sampler or usual.method, usual.steps if steps is None else steps, eta)
         draw = _denoised(model, seeds, label, text, guidance, interval, rescale or 0.0, how)
     else:
-        what = "an autoencoder" if isinstance(model, Autoencoder) else "a JEPA"
+        what = {Autoencoder: "an autoencoder", JepaModel: "a JEPA"}.get(type(model), "a model that answers questions")
         raise ValueError(f"{run} is {what}, which draws nothing new; train diffusion for that.")
-    folder = _free_folder(out)
+    folder = free_folder(out)
     rows: list[dict[str, Any]] = []
     pictures = []
     for images, told in draw:
@@ -184,8 +176,8 @@ def generate(
             Image.fromarray(image).save(folder / name)
             rows.append({"file_name": name, **row})
         pictures.append(images)
-    _write_rows(folder / "metadata.jsonl", rows)
-    _sheet(np.concatenate(pictures), 8).save(folder / "sheet.png")
+    write_rows(folder / "metadata.jsonl", rows)
+    contact_sheet(np.concatenate(pictures), 8).save(folder / "sheet.png")
     if isinstance(model, MultimodalModel) and text is not None and (unknown := model.unknown_tokens(text)):
         rows[0]["note"] = f"{unknown} pieces of the text never occurred in the training captions"
     return rows
@@ -255,8 +247,8 @@ def interpolate(run: str | Path, a: str | Path, b: str | Path, out: str | Path, 
     for k, image in enumerate(images):
         Image.fromarray(image).save(folder / f"step-{k:03d}.png")
     rows = [{"file_name": f"step-{k:03d}.png", "caption": c} for k, c in enumerate(captions)]
-    _write_rows(folder / "metadata.jsonl", rows)
-    _sheet(images, steps).save(folder / "sheet.png")
+    write_rows(folder / "metadata.jsonl", rows)
+    contact_sheet(images, steps).save(folder / "sheet.png")
     return captions
 
 
@@ -273,6 +265,8 @@ def reconstruct(
     Writes original | reconstruction and gives {file: PSNR in dB}.
     """
     model = load_model(run)
+    if isinstance(model, VqaModel):
+        raise ValueError(f"{run} answers questions, and has no decoder of images. What it can do: answer.")
     if isinstance(model, JepaModel):
         raise ValueError(f"{run} is a JEPA, which has no decoder. What it can do: encode, search --task, export.")
     if isinstance(model, DiffusionModel):
@@ -282,7 +276,7 @@ def reconstruct(
         raise ValueError("--t is a noise level of diffusion models; this one decodes each image from its latent.")
     folder = new_folder(out)
     quality: dict[str, float] = {}
-    for names, pixels in _batches(images, model.image_size, skipped):
+    for names, pixels in image_batches(images, model.image_size, skipped):
         if isinstance(model, DiffusionModel):
             assert t is not None
             made = model.reconstruct(pixels, t, [seed + len(quality) + k for k in range(len(pixels))])
@@ -347,7 +341,7 @@ def encode(
         return puzzles.encode(run, images, Path(out))
     model = _multimodal(run, "encode")
     with VectorFile(Path(out), model.config.latent) as file:
-        for names, pixels in _batches(images, model.image_size, skipped):
+        for names, pixels in image_batches(images, model.image_size, skipped):
             file.append(names, model.encode(pixels).cpu().numpy())
     return file.rows, model.config.latent
 
@@ -420,7 +414,7 @@ def _collection(
     run: str | Path, model: MultimodalModel, collection: str | Path | None, skipped: Skipped | None
 ) -> Iterator[tuple[list[dict[str, Any]], Tensor]]:
     if collection is not None:
-        for names, pixels in _batches([collection], model.image_size, skipped):
+        for names, pixels in image_batches([collection], model.image_size, skipped):
             yield [{"file": n} for n in names], model.encode(pixels)
         return
     prepared = open_again(run_folder.find(run))[2]
@@ -430,69 +424,3 @@ def _collection(
         corpus = prepared.corpus
         rows = [{"item": corpus.id(int(i)), "caption": corpus.captions(int(i))[0]} for i in part]
         yield rows, model.encode(np.asarray(prepared.data.images[part]))
-
-
-def _files(paths: Sequence[str | Path]) -> Iterator[Path]:
-    for given in map(Path, paths):
-        if given.is_dir():
-            visible = (p for p in given.rglob("*") if not any(n.startswith(".") for n in p.relative_to(given).parts))
-            inside = sorted(p for p in visible if p.suffix.lower() in SUFFIXES)
-            if not inside:
-                raise ValueError(f"{given} holds no images ({', '.join(sorted(SUFFIXES))}).")
-            yield from inside
-        elif given.is_file():
-            yield given
-        else:
-            raise ValueError(f"There is no file or folder {given}.")
-
-
-def _batches(
-    paths: Sequence[str | Path], size: int, skipped: Skipped | None = None
-) -> Iterator[tuple[list[str], np.ndarray]]:
-    """Names and pixels (≤ 64, S, S, 3) of image files. An unreadable one is noted in ``skipped``, or ends the work."""
-    names: list[str] = []
-    pixels: list[np.ndarray] = []
-    for path in _files(paths):
-        try:
-            image, _ = read_image(path, size)
-        except UnreadableImage as error:
-            if skipped is None:
-                raise
-            skipped.reasons[str(path)] = str(error)
-            continue
-        names.append(str(path))
-        pixels.append(image)
-        if len(names) == BATCH:
-            yield names, np.stack(pixels)
-            names, pixels = [], []
-    if names:
-        yield names, np.stack(pixels)
-
-
-def _free_folder(out: str | Path) -> Path:
-    folder = Path(out)
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise ValueError(f"{folder} exists and isn't empty; name another folder with --out.")
-    return folder
-
-
-def new_folder(out: str | Path) -> Path:
-    """An empty folder to write into."""
-    folder = _free_folder(out)
-    folder.mkdir(parents=True, exist_ok=True)
-    return folder
-
-
-def _write_rows(path: Path, rows: list[dict[str, Any]]) -> None:
-    path.write_text("".join(json.dumps(r, ensure_ascii=False) + "\n" for r in rows), encoding="utf-8")
-
-
-def _sheet(images: np.ndarray, columns: int, gap: int = 4) -> Image.Image:
-    """Images (N, S, S, 3) in rows on white."""
-    n, side = len(images), images.shape[1] + gap
-    rows = -(-n // columns)
-    sheet = np.full((rows * side + gap, min(n, columns) * side + gap, 3), 255, np.uint8)
-    for k, image in enumerate(images):
-        y, x = k // columns * side + gap, k % columns * side + gap
-        sheet[y : y + side - gap, x : x + side - gap] = image
-    return Image.fromarray(sheet)

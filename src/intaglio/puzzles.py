@@ -13,12 +13,13 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import save_file
 
-from intaglio.api import load_model, new_folder, open_again
+from intaglio.api import load_model, open_again
 from intaglio.data import order
 from intaglio.data.arc.read import read_tasks
 from intaglio.data.arc.table import Tasks
 from intaglio.data.arc.tasks import TaskCorpus
 from intaglio.data.vectors import VectorFile
+from intaglio.files import new_folder
 from intaglio.history import run_folder
 from intaglio.models.jepa import JepaModel
 from intaglio.nn.codebook import Codebook

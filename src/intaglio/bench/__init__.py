@@ -34,10 +34,10 @@ def run_benchmark(what: str, out: str, data: str | None = None) -> int:
     """Runs the benchmark ``what`` and writes ``out/<what>.json``; 0 if every target was met, else 1.
 
     ``data`` is a folder: of labelled histories for ``histories``, of labelled photos for ``diffusion``, of ARC's
-    tasks for ``jepa``.
+    tasks for ``jepa``, of a table of questions for ``vqa``.
     """
     measure = import_module(f"intaglio.bench.{what.replace('-', '_')}").measure
-    results, facts = measure(data) if what in ("histories", "diffusion", "jepa") else measure()
+    results, facts = measure(data) if what in ("histories", "diffusion", "jepa", "vqa") else measure()
     write(Path(out) / f"{what}.json", results, facts)
     print(markdown(results))
     return int(not all(r.met for r in results))

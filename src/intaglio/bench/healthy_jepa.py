@@ -25,7 +25,7 @@ VARIANTS: dict[str, list[str]] = {
     "codes": [],
     "codes-narrow": ["--model.width=48"],
     "codes-wide": ["--model.width=96", "--model.heads=3"],
-    "codes-many": ["--model.codes=128", "--model.slots=8"],
+    "codes-many": ["--model.codes=128", "--model.slots=9"],
     "codes-target": TARGET,
     "codes-sigreg": ["--loss.sigreg=0.02"],
     "codes-lejepa": LEJEPA,

@@ -7,9 +7,10 @@ import argparse
 import json
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from itertools import islice
+from pathlib import Path
 from typing import Any
 
 from intaglio import __version__
@@ -111,7 +112,8 @@ def _evaluate(a: Arguments) -> int:
 
 
 def _caption(a: Arguments) -> int:
-    from intaglio.api import Skipped, caption
+    from intaglio.api import caption
+    from intaglio.files import Skipped
     from intaglio.sampling.tokens import Decoding
 
     options = {
@@ -167,7 +169,8 @@ def _interpolate(a: Arguments) -> int:
 
 
 def _reconstruct(a: Arguments) -> int:
-    from intaglio.api import Skipped, reconstruct
+    from intaglio.api import reconstruct
+    from intaglio.files import Skipped
 
     skipped = Skipped()
     quality = reconstruct(a.run, a.images, a.out, skipped, a.t, a.seed)
@@ -180,7 +183,8 @@ def _reconstruct(a: Arguments) -> int:
 
 
 def _search(a: Arguments) -> int:
-    from intaglio.api import Skipped, search
+    from intaglio.api import search
+    from intaglio.files import Skipped
 
     skipped = Skipped()
     hits = search(a.run, a.folder, a.text, a.image, a.top, skipped, a.task, a.out)
@@ -194,7 +198,8 @@ def _search(a: Arguments) -> int:
 
 
 def _encode(a: Arguments) -> int:
-    from intaglio.api import Skipped, encode
+    from intaglio.api import encode
+    from intaglio.files import Skipped
 
     skipped = Skipped()
     rows, width = encode(a.run, a.images, a.out, skipped)
@@ -203,6 +208,40 @@ def _encode(a: Arguments) -> int:
     else:
         print(f"{a.out}: {rows} latents of {width} dimensions")
     return _tell_skipped(skipped, rows)
+
+
+def _answer(a: Arguments) -> int:
+    from intaglio import answering
+
+    if (a.image is None) == (a.table is None):
+        raise ValueError("Give an image and questions about it, or --table FILE with a row for each question.")
+    if a.table is not None:
+        columns = dict(word.partition("=")[::2] for word in a.columns)
+        rows = list(answering.answer_table(a.run, a.table, columns, a.closed))
+        if a.out:
+            answering.write_table(Path(a.out), rows)
+    else:
+        rows = answering.answer(a.run, a.image, a.question, a.samples, a.closed, a.explain)
+    if a.json:
+        print_json({"answers": rows})
+    elif not (a.table and a.out):
+        for row in rows:
+            print(_answered(row))
+    skipped = [row for row in rows if "skipped" in row]
+    for row in skipped:
+        print(f"skipped: {row['image']}: {row['skipped']}", file=sys.stderr)
+    for row in rows:
+        if "note" in row:
+            print(f"note: {row['question']}: {row['note']}", file=sys.stderr)
+    return 0 if len(skipped) < len(rows) else 2
+
+
+def _answered(row: Mapping[str, Any]) -> str:
+    if "skipped" in row:
+        return f"{row['image']}\t{row['question']}\t–"
+    spread = "".join(f"  {answer} {share:.0%}" for answer, share in row.get("spread", {}).items())
+    where = f"{row['image']}\t" if "image" in row else ""
+    return f"{where}{row['question']}\t{row['answer']}\t{row['probability']:.3f}{spread}"
 
 
 def _export(a: Arguments) -> int:
@@ -236,6 +275,7 @@ VERBS = {
     "search": _search,
     "encode": _encode,
     "export": _export,
+    "answer": _answer,
     "bench": _bench,
 }
 TAKES_OVERRIDES = {"train", "check", "sweep"}
@@ -346,10 +386,22 @@ def _parser() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentParse
     p.add_argument("run")
     p.add_argument("--out", default="codes", metavar="FOLDER")
 
+    p = verb("answer", "answer questions about an image, or a table of questions about several")
+    p.add_argument("run")
+    p.add_argument("image", nargs="?", help="an image file")
+    p.add_argument("question", nargs="*", help="one or more, each in quotes")
+    p.add_argument("--samples", type=int, default=0, metavar="K", help="draw the latents K times: how answers spread")
+    p.add_argument("--explain", metavar="PNG", help="a picture of the places and latents that an answer rests on")
+    p.add_argument("--closed", action="store_true", help="the likeliest of the answers that training had")
+    p.add_argument("--table", metavar="FILE", help="CSV, TSV, JSON or JSON Lines with question and image")
+    p.add_argument("--columns", nargs="*", default=[], metavar="ROLE=NAME", help="of the table, where unusual")
+    p.add_argument("--out", metavar="CSV", help="of --table: where the answers go, instead of being printed")
+
     p = verb("bench", "our own evidence: speed, targets of a system, false alarms, verdicts on labelled histories")
-    systems, healthy = ("multimodal", "diffusion", "jepa"), ("healthy", "healthy-diffusion", "healthy-jepa")
+    systems, healthy = ("multimodal", "diffusion", "jepa", "vqa"), ("healthy", "healthy-diffusion", "healthy-jepa")
     p.add_argument("what", choices=("speed", *systems, *healthy, "histories", "comparisons"))
-    what = "of histories: a folder with labels.json; of diffusion: one of labelled photos; of jepa: one of ARC's tasks"
+    what = "of histories: a folder with labels.json; of diffusion: one of labelled photos; of jepa: one of ARC's "
+    what += "tasks; of vqa: one of images and questions"
     p.add_argument("--data", metavar="FOLDER", help=what)
     p.add_argument("--out", default="benchmarks", metavar="FOLDER")
     return parser, verbs.choices

@@ -42,8 +42,12 @@ from intaglio.config.settings import (
     OptimConfig,
     PictureDataConfig,
     PriorConfig,
+    QuestionDataConfig,
     SamplingConfig,
     TrainConfig,
+    VqaConfig,
+    VqaLossConfig,
+    VqaModelConfig,
 )
 
 __all__ = [
@@ -70,8 +74,12 @@ __all__ = [
     "OptimConfig",
     "PictureDataConfig",
     "PriorConfig",
+    "QuestionDataConfig",
     "SamplingConfig",
     "TrainConfig",
+    "VqaConfig",
+    "VqaLossConfig",
+    "VqaModelConfig",
     "diff",
     "dump",
     "from_dict",

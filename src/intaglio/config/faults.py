@@ -1,7 +1,9 @@
 """What is wrong with the values of a configuration that types cannot say; each message names the key."""
 
+import difflib
 from collections.abc import Iterator
 
+from intaglio.config import stages
 from intaglio.config.plan import parse
 from intaglio.config.settings import (
     AutoencoderConfig,
@@ -10,7 +12,9 @@ from intaglio.config.settings import (
     ImageDataConfig,
     JepaConfig,
     MultimodalConfig,
+    VqaConfig,
 )
+from intaglio.config.stages import PARTS
 
 
 def check_values(config: Config) -> None:
@@ -77,6 +81,8 @@ def _faults(config: Config) -> Iterator[str]:
         yield from _diffusion_faults(config)
     if isinstance(config, JepaConfig):
         yield from _jepa_faults(config)
+    if isinstance(config, VqaConfig):
+        yield from _vqa_faults(config)
 
 
 def _image_faults(d: ImageDataConfig) -> Iterator[str]:
@@ -183,6 +189,8 @@ def _jepa_faults(config: JepaConfig) -> Iterator[str]:
         yield f"data.pairs is {d.pairs}; use 2, a demonstration and a question, to 10."
     if m.patch > 3:
         yield f"model.patch is {m.patch}; more than 3 × 3 cells in one are no longer told apart: use 1 or 2."
+    if m.tokens == "cells" and m.slots not in (1, 4, 9, 16, 25, 36):
+        yield f"model.slots is {m.slots}; each stands for one of R × R regions: use 4, 9 or 16."
     if m.tokens == "objects" and m.patch != type(m)().patch:
         yield "model.patch has no effect on model.tokens objects: leave it out."
     if m.width % m.heads:
@@ -212,3 +220,46 @@ def _jepa_faults(config: JepaConfig) -> Iterator[str]:
     for name in ("commitment", "relational", "colour", "flip", "shift"):
         if getattr(w, name) < 0:
             yield f"loss.{name} is {getattr(w, name)}; it must not be negative."
+
+
+def _vqa_faults(config: VqaConfig) -> Iterator[str]:
+    d, m, w = config.data, config.model, config.loss
+    counts = {"width": m.width, "heads": m.heads, "answer_layers": m.answer_layers, "latents": m.latents}
+    for name, value in (counts | {"dims": m.dims, "reasoning_layers": m.reasoning_layers}).items():
+        if value < 1:
+            yield f"model.{name} is {value}; it must be at least 1."
+    for name in ("vision_layers", "question_layers"):
+        if getattr(m, name) < 0:
+            yield f"model.{name} is {getattr(m, name)}; it must not be negative."
+    if m.fusion_layers < 1:
+        yield f"model.fusion_layers is {m.fusion_layers}; without one no question ever looks at the image: use 2."
+    if m.width % m.heads or m.width % 4:
+        yield f"model.width {m.width} must be divisible by model.heads {m.heads}, and by 4."
+    if m.bottleneck == "vib" and m.dims < 2:
+        yield f"model.dims is {m.dims}; use at least 2 numbers a latent, such as 32."
+    if m.vocabulary < 8:
+        yield f"model.vocabulary is {m.vocabulary}; four tokens are special, so use more, such as 2000."
+    for name in ("temperature", "held_out_temperature"):
+        if getattr(m, name) < 0:
+            yield f"model.{name} is {getattr(m, name)}; it must not be negative."
+    if d.together < 1:
+        yield f"data.together is {d.together}; use at least 1, an item's own question."
+    if min(d.question_length, d.answer_length) < 3:
+        yield "data.question_length and data.answer_length must be at least 3: START, a token, END."
+    for name in ("answer", "kl", "floor", "ramp", "orthogonality", "preference"):
+        if getattr(w, name) < 0:
+            yield f"loss.{name} is {getattr(w, name)}; it must not be negative."
+    if m.bottleneck != "vib" and w.floor:
+        yield f"loss.floor has no effect with model.bottleneck {m.bottleneck}, which has no KL: set it to 0."
+    if w.preference and w.candidates < 2:
+        yield f"loss.candidates is {w.candidates}; a preference is between two answers at least: use 4."
+    for part, factor in config.rates.items():
+        if part not in PARTS:
+            near = difflib.get_close_matches(part, PARTS, 1, 0.5)
+            hint = f" Did you mean {near[0]}?" if near else ""
+            yield f"rates: there is no part {part!r}.{hint} There are {', '.join(PARTS)}."
+        elif factor <= 0:
+            yield f"rates.{part} is {factor}; use more than 0, or freeze the part in stages."
+    if set(config.rates) >= set(PARTS):
+        yield "rates has a factor for every part: leave one out, which has optim.rate itself."
+    stages.parse(config.stages, config.train.steps or 10**9)

@@ -39,6 +39,7 @@ class ImageFolder(Corpus):
         size: side of the squares that are kept; ``image(i, other)`` decodes the file again.
         metadata: table to use, where the folder holds several or an unusual name; ``describe()`` tells what was taken.
         columns: role → column name, where the usual names don't fit: ``{"caption": "title"}``.
+        rows: what a table of another kind says of the images, which are then these alone.
         caption_template: caption of an image that has only a label.
         bad_limit: share of unreadable and captionless items above which the folder is refused.
         captioned: whether items need a caption; without, those that have none are kept with the empty one, and a
@@ -58,6 +59,7 @@ class ImageFolder(Corpus):
         *,
         metadata: str | Path | None = None,
         columns: Mapping[str, str] | None = None,
+        rows: Sequence[Row] | None = None,
         caption_template: str = "a picture of {label}",
         bad_limit: float = 0.05,
         captioned: bool = True,
@@ -72,9 +74,11 @@ class ImageFolder(Corpus):
         if not self.root.is_dir():
             raise ValueError(f"{self.root} is not a folder; name the folder that holds the images")
         files, links = _scan(self.root)
-        path = find_table(self.root, metadata)
-        if path is None:
-            rows: Iterable[Row] = _class_rows(self.root, files, links, self.intake, captioned)
+        path = None if rows is not None else find_table(self.root, metadata)
+        if rows is not None:
+            self._form = "images that a table names"
+        elif path is None:
+            rows = _class_rows(self.root, files, links, self.intake, captioned)
             self._form = "class subfolders" if any(row.label for row in rows) else "images without classes"
         else:
             table = read_table(path, columns)

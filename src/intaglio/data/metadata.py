@@ -10,7 +10,7 @@ import io
 import json
 import re
 import unicodedata
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -100,7 +100,7 @@ def read_table(path: Path, columns: Mapping[str, str] | None = None) -> Table:
     Raises:
         ValueError: a broken line, an unknown role or column, no column with file names, or neither captions nor labels.
     """
-    records = list(_records(path))
+    records = list(read_records(path))
     if not records:
         raise ValueError(f"{path} has no rows; write one for each image, with its file_name and its caption or label")
     present = list(dict.fromkeys(str(key) for _, record in records for key in record))
@@ -153,9 +153,16 @@ def _row(where: str, record: Mapping[str, Any], taken: Mapping[str, str]) -> Row
     return Row(where, file, tuple(filter(None, texts)), **facts)
 
 
-def _records(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    """(where, cells) of every row, whatever the format."""
-    readers = {".csv": _csv, ".tsv": _csv, ".jsonl": _json_lines, ".ndjson": _json_lines, ".json": _json}
+def read_records(path: Path, lists: Sequence[str] = ()) -> Iterator[tuple[str, dict[str, Any]]]:
+    """(where, cells) of every row, whatever the format.
+
+    With ``lists``, an entry of JSON or JSON Lines may also be a list of as many values, which have these names.
+
+    Raises:
+        ValueError: an unknown format, not UTF-8, or a broken row.
+    """
+    lines, whole = _json_lines(lists), _json(lists)
+    readers = {".csv": _csv, ".tsv": _csv, ".jsonl": lines, ".ndjson": lines, ".json": whole}
     if path.suffix.lower() not in readers:
         raise ValueError(f"{path} is not a known form of metadata; write it as {', '.join(readers)}")
     try:
@@ -186,30 +193,46 @@ def _csv(path: Path, text: str) -> Iterator[tuple[str, dict[str, Any]]]:
         csv.field_size_limit(limit)
 
 
-def _json_lines(path: Path, text: str) -> Iterator[tuple[str, dict[str, Any]]]:
-    for number, line in enumerate(text.split("\n"), 1):
-        if line.strip():
-            where = f"{path.name} line {number}"
-            yield where, _object(where, _parse(where, line))
+_Reader = Callable[[Path, str], Iterator[tuple[str, dict[str, Any]]]]
 
 
-def _json(path: Path, text: str) -> Iterator[tuple[str, dict[str, Any]]]:
-    entries = _parse(path.name, text)
-    if not isinstance(entries, list):
-        raise ValueError(f'{path} is not a list; write [{{"id": …, "filename": …, "caption": …}}, …]')
-    for number, entry in enumerate(entries, 1):
-        where = f"{path.name} entry {number}"
-        yield where, _object(where, entry)
+def _json_lines(lists: Sequence[str]) -> _Reader:
+    def read(path: Path, text: str) -> Iterator[tuple[str, dict[str, Any]]]:
+        for number, line in enumerate(text.split("\n"), 1):
+            if line.strip():
+                where = f"{path.name} line {number}"
+                yield where, _object(where, _parse(where, line), lists)
+
+    return read
+
+
+def _json(lists: Sequence[str]) -> _Reader:
+    def read(path: Path, text: str) -> Iterator[tuple[str, dict[str, Any]]]:
+        entries = _parse(path.name, text)
+        if not isinstance(entries, list):
+            raise ValueError(f"{path} is not a list; write [{_like(lists)}, …]")
+        for number, entry in enumerate(entries, 1):
+            where = f"{path.name} entry {number}"
+            yield where, _object(where, entry, lists)
+
+    return read
 
 
 def _parse(where: str, text: str) -> Any:
     try:
         return json.loads(text)
-    except json.JSONDecodeError as error:
+    except (ValueError, RecursionError) as error:  # a number of 5,000 digits is no JSONDecodeError
         raise ValueError(f"{where} is not JSON ({error}); correct or remove it") from None
 
 
-def _object(where: str, entry: Any) -> dict[str, Any]:
+def _object(where: str, entry: Any, lists: Sequence[str]) -> dict[str, Any]:
+    if lists and isinstance(entry, list) and len(entry) == len(lists):
+        return dict(zip(lists, entry, strict=True))
     if not isinstance(entry, dict):
-        raise ValueError(f'{where} is not an object like {{"file_name": …, "caption": …}}; correct or remove it')
+        other = f" or [{', '.join(lists)}]" if lists else ""
+        raise ValueError(f"{where} is not an object like {_like(lists)}{other}; correct or remove it")
     return entry
+
+
+def _like(lists: Sequence[str]) -> str:
+    return "{" + ", ".join(f'"{name}": …' for name in lists or ("file_name", "caption")) + "}"

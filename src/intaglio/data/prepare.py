@@ -121,7 +121,7 @@ def prepare(
         "captions cut": encoded.truncated,
         "text length": text_length,
         "unknown tokens": encoded.unknown,
-        "held-out images seen in training": _seen(data.images, sides["train"], sides["val"]),
+        "held-out images seen in training": seen_images(data.images, sides["train"], sides["val"]),
     }
     if learnt_here:
         known, met = (_pieces(data, tokenizer, sides[side]) for side in ("train", "val"))
@@ -159,7 +159,10 @@ def prepare_pictures(
         rows = prompts([c for several in captions for c in several])
     images = _pixels(corpus, config, progress)
     data = Pictures(images, labels, rows, first, config.flips)
-    record |= {"classes": len(names), "held-out images seen in training": _seen(images, sides["train"], sides["val"])}
+    record |= {
+        "classes": len(names),
+        "held-out images seen in training": seen_images(images, sides["train"], sides["val"]),
+    }
     return Pictured(corpus, data, sides, fingerprint(corpus, sides, "pictures"), record)
 
 
@@ -189,7 +192,7 @@ def _pieces(data: CaptionedImages, tokenizer: CaptionTokenizer, items: np.ndarra
     return tokenizer.reached(data.ids[rows])
 
 
-def _seen(images: np.ndarray, train: np.ndarray, held_out: np.ndarray) -> int:
+def seen_images(images: np.ndarray, train: np.ndarray, held_out: np.ndarray) -> int:
     """How many held-out images are, byte for byte, one of the training images."""
     digests = [hashlib.blake2b(image, digest_size=16).digest() for image in images]
     known = {digests[i] for i in train}

@@ -56,7 +56,10 @@ def _declared(corpus: Corpus, items: list[int]) -> str | None:
 def _shared_out(
     corpus: Corpus, members: Mapping[str, list[int]], pool: list[str], shares: Mapping[str, float], seed: int
 ) -> Iterator[tuple[str, str]]:
-    """Each group of the pool with the side that lacks most; label after label, in an order drawn from the seed."""
+    """Each group of the pool with the side that lacks most; label after label, in an order drawn from the seed.
+
+    The side is chosen before the group's own size is known: small groups would be held out more often than large ones.
+    """
     labelled = bool(corpus.labels())
 
     def place(group: str) -> tuple[str, bytes]:
@@ -64,10 +67,11 @@ def _shared_out(
         return label or "", blake2b(f"{seed}:{group}".encode(), digest_size=8).digest()
 
     whole, given = sum(shares.values()), 0
+    usual = sum(len(members[group]) for group in pool) / max(1, len(pool))
     held = dict.fromkeys(shares, 0)
     for group in sorted(pool, key=place):
+        side = max(shares, key=lambda s: shares[s] / whole * (given + usual) - held[s])
         given += len(members[group])
-        side = max(shares, key=lambda s: shares[s] / whole * given - held[s])
         held[side] += len(members[group])
         yield group, side
 

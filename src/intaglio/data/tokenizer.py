@@ -31,6 +31,7 @@ class CaptionTokenizer:
 
     def __init__(self, tokenizer: Tokenizer):
         self.tokenizer = tokenizer
+        tokenizer.encode_special_tokens = True  # who writes [END] in a text means five letters
 
     @classmethod
     def train(cls, captions: Iterable[str], vocabulary: int) -> "CaptionTokenizer":

@@ -26,7 +26,15 @@ ESSENTIAL = ("non-finite", "no-learning", "overfitting", "validation-missing")
 ESSENTIAL_IF_LOGGED = ("posterior-collapse", "codebook-collapse", "adversary-won")
 """Rules that must have judged what they read of a foreign history before it is called healthy: losses don't show it."""
 
-LOST = ("unreadable", "no caption")
+LOST = (
+    "unreadable",
+    "no caption",
+    "row without question",
+    "row without answer",
+    "row without image",
+    "image not found",
+    "several images of one name",
+)
 """Reasons of the intake that mean that an item is not learnt from."""
 
 

@@ -35,14 +35,21 @@ class Network(nn.Module):
             self.quantiser = Rounded(m.width, m.levels)
         self.register_buffer("coding", torch.tensor(m.codes_after == 0 or m.quantiser == "fsq"))
         self.coding: Tensor
-        self.predictor = Predictor(m.width, m.predictor_layers, m.heads, m.slots, pairs, m.context == "mean")
+        mean = m.context == "mean"
+        content = 0 if mean else self.encoder.content
+        self.predictor = Predictor(m.width, m.predictor_layers, m.heads, m.slots, pairs, mean, content)
         self.embed = _head(m.slots * m.width, 2 * m.width, m.embedding)
 
     @property
     def coded(self) -> bool:
-        """Whether slots pass the quantiser yet; of a fake tensor, which has no value, yes."""
+        """Whether slots pass the quantiser yet; of a fake tensor, which has no value, yes.
+
+        Codes begin in training: until then there are none to be measured with.
+        """
         fake = self.coding.is_meta or isinstance(self.coding, FakeTensor)
-        return self.quantiser is not None and (fake or bool(self.coding))
+        if self.quantiser is None or not (fake or bool(self.coding)):
+            return False
+        return fake or self.training or not isinstance(self.quantiser, Codebook) or bool(self.quantiser.started)
 
     def slots(self, grids_BPCSS: Tensor, real_BP: Tensor) -> Tensor:
         """(B, P, C, M, D) of all grids of real pairs, 0 elsewhere; a grid that is not there costs its slots alone."""
@@ -123,7 +130,8 @@ class JepaModel(nn.Module, PyTorchModelHubMixin, library_name="intaglio", licens
     @property
     def rule_width(self) -> int:
         """R: numbers of a rule."""
-        return 2 * self.config.slots * self.config.width
+        ways = self.config.slots**2 if self.network.predictor.content else 0
+        return 2 * self.config.slots * self.config.width + ways
 
     def answers(self, grids_GSS: Tensor) -> Tensor:
         """The embedding that a grid has as an answer, (G, E)."""

@@ -3,6 +3,7 @@
 Shapes: M captions, L positions, V vocabulary.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -41,6 +42,33 @@ def majority(train_labels: list[str | None], test_labels: list[str | None]) -> f
     """Share of the test items that have the commonest training label."""
     names, counts = np.unique([x for x in train_labels if x is not None], return_counts=True)
     return float(np.mean([x == names[counts.argmax()] for x in test_labels]))
+
+
+@dataclass(frozen=True)
+class AnswerNull:
+    """Cross-entropy in nats per answer and share of answers right, without an image."""
+
+    nats: float
+    accuracy: float
+
+
+def answers_by_kind(
+    train_kinds: Sequence[str], train: Sequence[str], test_kinds: Sequence[str], test: Sequence[str]
+) -> AnswerNull:
+    """The answers of each kind of question as often as training has them, one added to each answer that there is."""
+    known = sorted(set(train))
+    number = {answer: k for k, answer in enumerate(known)}
+    kinds = {kind: k for k, kind in enumerate(sorted(set(train_kinds)))}
+    counts = np.zeros((len(kinds), len(known) + 1))  # the last for answers that training does not have
+    np.add.at(counts, ([kinds[k] for k in train_kinds], [number[a] for a in train]), 1.0)
+    everything = counts.sum(0)
+    nats, hits = [], []
+    for kind, answer in zip(test_kinds, test, strict=True):
+        row = counts[kinds[kind]] if kind in kinds else everything
+        at = number.get(answer, len(known))
+        nats.append(-np.log((row[at] + 1) / (row.sum() + len(row))))
+        hits.append(row.argmax() == at)
+    return AnswerNull(float(np.mean(nats)), float(np.mean(hits)))
 
 
 def mean_image_errors(images: np.ndarray, train: np.ndarray, test: np.ndarray) -> np.ndarray:

@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-DECAY = 1e-3
+DECAY = 1e-2
 
 
 def linear_probe(train_ND: Tensor, labels_N: np.ndarray, test_MD: Tensor) -> np.ndarray:

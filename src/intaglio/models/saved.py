@@ -8,8 +8,9 @@ from intaglio.models.autoencoder import Autoencoder, open_autoencoder
 from intaglio.models.diffusion import DiffusionModel, open_diffusion
 from intaglio.models.jepa import JepaModel, open_jepa
 from intaglio.models.multimodal import MultimodalModel, open_model
+from intaglio.models.vqa import VqaModel, open_vqa
 
-Model = MultimodalModel | Autoencoder | DiffusionModel | JepaModel
+Model = MultimodalModel | Autoencoder | DiffusionModel | JepaModel | VqaModel
 
 
 def of_run(run: RunFolder) -> Model:
@@ -33,6 +34,8 @@ def open_saved(folder: Path) -> Model:
         raise ValueError(f"{folder} holds no model that can be read ({error}); name a run that has finished.") from None
     if "noise" in settings:
         return open_diffusion(folder)
+    if "question_lengths" in settings:
+        return open_vqa(folder)
     if "pairs" in settings:
         return open_jepa(folder)
     return open_model(folder) if "prior" in settings else open_autoencoder(folder)

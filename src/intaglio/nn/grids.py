@@ -3,6 +3,7 @@
 Shapes: G grids, S side of the table that they lie in, p side of a patch, N patches, M slots, D width.
 """
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
@@ -21,6 +22,9 @@ WASTE = 1.15
 CHUNK = 16_384
 """Most tokens that are read at once."""
 
+COLOURS = 10
+"""Of ARC's cells."""
+
 
 def sides(grids_GSS: Tensor) -> tuple[Tensor, Tensor]:
     """Height and width of each grid, (G,) each: grids lie in the upper left corner."""
@@ -31,6 +35,10 @@ def sides(grids_GSS: Tensor) -> tuple[Tensor, Tensor]:
 class GridEncoder(nn.Module):
     """Patches of cells and M learnt slots attend to each other; the slots leave, (G, M, D).
 
+    M = R² slots stand for R × R regions of the grid, whatever its size: the first ``content`` numbers of each are how
+    much of each colour lies in its region, and nothing of where that is, so that a grid which is mirrored, turned or
+    moved has the same contents in other slots. The other numbers are what the slot has read.
+
     A patch is colour · (1 + gate(place)) + place: the sum of an embedding of each of its cells' colours, weighed by and
     added to what its place has, row and column from both ends, so that what a mirror does is one step away, and the sum
     of a grid's patches tells where each colour is. All enter with like size: a table that starts at .02, as is common,
@@ -39,14 +47,18 @@ class GridEncoder(nn.Module):
 
     def __init__(self, width: int, layers: int, heads: int, slots: int, patch: int):
         super().__init__()
-        self.patch, self.slots = patch, slots
+        self.patch, self.slots, self.regions, self.content = patch, slots, math.isqrt(slots), width // 3
+        if self.regions**2 != slots:
+            raise ValueError(f"{slots} slots are no square of regions: use 4, 9 or 16")
         places = -(-LARGEST // patch)
         self.colour = nn.Embedding((OUTSIDE + 1) * patch**2, width)
         self.place, self.gate = nn.Embedding(4 * places, width), nn.Embedding(4 * places, width)
         self.size = nn.Embedding(2 * (LARGEST + 1), width)
         self.slot = nn.Embedding(slots, width)
         self.blocks = blocks(layers, width, heads, 4 * width, 0.0, cross=False)
-        self.norm = nn.LayerNorm(width)
+        self.norm, self.read = nn.LayerNorm(width), nn.Linear(width, width - self.content)
+        self.of_colours = nn.Linear(COLOURS, self.content, bias=False)
+        nn.init.normal_(self.of_colours.weight)
         tables = ((self.colour, 0.5 / patch), (self.place, 0.25), (self.gate, 0.7), (self.size, 0.35), (self.slot, 0.5))
         for table, std in tables:
             nn.init.normal_(table.weight, std=std)
@@ -59,7 +71,9 @@ class GridEncoder(nn.Module):
         rows, columns = (heights + p - 1) // p, (widths + p - 1) // p
         parts = (grids_GSS, heights, widths, rows, columns)
         most = (grids_GSS.shape[-1] // p) ** 2
-        return self.norm(slots_of(self.blocks, self._tokens, rows * columns, most, self.slots, *parts))
+        read = self.read(self.norm(slots_of(self.blocks, self._tokens, rows * columns, most, self.slots, *parts)))
+        contents = self.of_colours(colours_of_regions(grids_GSS, heights, widths, self.regions))
+        return torch.cat([contents.to(read.dtype), read], -1)
 
     def _tokens(
         self, longest: int, grids_GSS: Tensor, heights: Tensor, widths: Tensor, rows: Tensor, columns: Tensor
@@ -88,6 +102,23 @@ class GridEncoder(nn.Module):
         tables = (self.place.weight, self.gate.weight)
         place, gate = (F.embedding_bag(which.flatten(0, 1), table, mode="sum") for table in tables)
         return place.unflatten(0, row_GN.shape), gate.unflatten(0, row_GN.shape)
+
+
+def colours_of_regions(grids_GSS: Tensor, heights_G: Tensor, widths_G: Tensor, regions: int) -> Tensor:
+    """Shares of each colour in R × R regions of equal area, (G, R², 10) float32: a cell on a border counts in parts, so
+    that the regions of a mirrored or turned grid are those of the grid, in another order."""
+    at = torch.arange(grids_GSS.shape[-1], device=grids_GSS.device)
+    region = torch.arange(regions, device=grids_GSS.device)[:, None]
+
+    def part(sides_G: Tensor) -> Tensor:  # (G, R, S): of a region's side, how much a cell covers
+        n = sides_G.clamp(min=1)[:, None, None]
+        ends, begins = torch.minimum((at + 1) / n, (region + 1) / regions), torch.maximum(at / n, region / regions)
+        return (ends - begins).clamp(min=0) * regions
+
+    cells = F.one_hot(grids_GSS.long(), OUTSIDE + 1)[..., :COLOURS].float()
+    with torch.autocast(grids_GSS.device.type, enabled=False):
+        rows = torch.einsum("grs,gstc->grtc", part(heights_G), cells)
+        return torch.einsum("gqt,grtc->grqc", part(widths_G), rows).flatten(1, 2)
 
 
 def slots_of(
@@ -133,11 +164,19 @@ class Predictor(nn.Module):
     Each pair of a task is the question once: its output's slots are its input's and a learnt change, made of what they
     attend to, the slots of its input and of all other pairs; or, with ``pooled``, of the mean of the other pairs. The
     change starts at zero: the first guess is that nothing changes, which an untrained encoder tells well already.
+
+    Where slots have ``content``, that of the question is also carried to where the other pairs' went, as far as that
+    explains these: see ``carried``.
     """
 
-    def __init__(self, width: int, layers: int, heads: int, slots: int, pairs: int, pooled: bool):
+    def __init__(self, width: int, layers: int, heads: int, slots: int, pairs: int, pooled: bool, content: int = 0):
         super().__init__()
-        self.pooled = pooled
+        self.pooled, self.content = pooled, content
+        if content:
+            self.match = nn.Linear(content, content, bias=False)
+            nn.init.eye_(self.match.weight)
+            self.sharpness = nn.Parameter(torch.tensor(3.0))  # ln of what cosines are multiplied by
+            self.trust = nn.Parameter(torch.tensor([4.0, 0.0]))
         self.pair = nn.Embedding(1 if pooled else pairs, width)
         self.role = nn.Embedding(4, width)  # input and output of a demonstration, of the question
         self.slot = nn.Embedding(slots, width)
@@ -153,7 +192,7 @@ class Predictor(nn.Module):
     def forward(self, told_BPCMD: Tensor, slots_BPCMD: Tensor, real_BP: Tensor) -> tuple[Tensor, Tensor]:
         """Slots of the inputs and outputs (C = 2) of P pairs, as they are told and as they are asked → for each pair as
         the question: the slots of its answer, (B, P, M, D), and the rule, what has been made of its demonstrations,
-        (B, P, 2·M·D)."""
+        (B, P, 2·M·D), and where contents went, (B, P, M²)."""
         B, P, C, M, D = slots_BPCMD.shape
         run, shown = self._asked(told_BPCMD, slots_BPCMD, real_BP)
         y = run.x
@@ -162,13 +201,42 @@ class Predictor(nn.Module):
         y = self.norm(y).view(B, P, -1, C, M, D)
         weight = shown[..., None].to(y.dtype)
         rule = (y[:, :, 1:].flatten(3) * weight).sum(2) / weight.sum(2).clamp(min=1)
-        return slots_BPCMD[:, :, 0] + self.change(y[:, :, 0, 0]), rule
+        answers = slots_BPCMD[:, :, 0] + self.change(y[:, :, 0, 0])
+        if self.content:
+            carried, way = self.carried(told_BPCMD, slots_BPCMD, real_BP)
+            answers, rule = answers + carried, torch.cat([rule, way.flatten(2).to(rule.dtype)], 2)
+        return answers, rule
 
     def answers(self, told_BPCMD: Tensor, slots_BPCMD: Tensor, real_BP: Tensor) -> Tensor:
         """The first of what ``forward`` gives, in half the time."""
         run, _ = self._asked(told_BPCMD, slots_BPCMD, real_BP)
         made = self.norm(first_of(self.blocks, [run], self.slot.num_embeddings)).unflatten(0, real_BP.shape)
-        return slots_BPCMD[:, :, 0] + self.change(made)
+        answers = slots_BPCMD[:, :, 0] + self.change(made)
+        return answers + self.carried(told_BPCMD, slots_BPCMD, real_BP)[0] if self.content else answers
+
+    def carried(self, told_BPCMD: Tensor, slots_BPCMD: Tensor, real_BP: Tensor) -> tuple[Tensor, Tensor]:
+        """What the question's slots gain where its contents go the way of the other pairs', (B, P, M, D), and that way,
+        (B, P, M, M): for each region of an output, from which of the input it came.
+
+        The way is an attention whose queries are outputs and whose keys are inputs of demonstrations, its logits their
+        mean, and whose values are the question's: W = softmax(s · mean cos(o, i)). It is trusted by σ(a · (e − e′) /
+        (e + e′) + b), with the demonstrations' own error e where nothing is carried and e′ where all is.
+        """
+        pairs = real_BP.shape[1]
+        other = (real_BP[:, None] & ~torch.eye(pairs, dtype=torch.bool, device=real_BP.device)).float()  # (B, P, P)
+        with torch.autocast(slots_BPCMD.device.type, enabled=False):
+            shown, asked = (x[..., : self.content].float() for x in (told_BPCMD, slots_BPCMD[:, :, 0]))
+            unit = F.normalize(self.match(shown), dim=-1)
+            alike = unit[:, :, 1] @ unit[:, :, 0].mT
+            mean = (other @ alike.flatten(2)) / other.sum(2, keepdim=True).clamp(min=1)
+            way = (self.sharpness.exp() * mean.view_as(alike)).softmax(-1)
+            before, after = shown.detach().unbind(2)
+            moved = way[:, :, None] @ before[:, None]  # (B, P, P, M, ·): each pair by the way of each question
+            error = ((moved - after[:, None]).square().mean((3, 4)) * other).sum(2)
+            still = ((before - after).square().mean((2, 3))[:, None] * other).sum(2)
+            trust = (self.trust[0] * (still - error) / (still + error + 1e-6) + self.trust[1]).sigmoid()
+            gain = trust[..., None, None] * (way @ asked - asked)
+        return F.pad(gain, (0, slots_BPCMD.shape[-1] - self.content)).to(slots_BPCMD.dtype), way
 
     def _asked(self, told_BPCMD: Tensor, slots_BPCMD: Tensor, real_BP: Tensor) -> tuple[Run, Tensor]:
         """For each pair as the question the tokens of its answer, unknown, of itself, and of O other pairs or their

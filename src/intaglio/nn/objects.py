@@ -133,6 +133,8 @@ class ObjectEncoder(nn.Module):
     ``TOKENS`` largest, stay unseen.
     """
 
+    content = 0  # slots stand for no region
+
     def __init__(self, width: int, layers: int, heads: int, slots: int):
         super().__init__()
         self.slots = slots

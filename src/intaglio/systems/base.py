@@ -28,6 +28,8 @@ class System(L.LightningModule):
     """
 
     model: nn.Module
+    tie_break = "val/loss/total"
+    """Which of two looks is better that are equal in ``train.monitor``."""
 
     def __init__(self, config: Config, steps: int):
         super().__init__()
@@ -112,6 +114,16 @@ class System(L.LightningModule):
         return self.global_step * self.config.train.accumulate + self._pass
 
     _pass = 0
+
+    @property
+    def freezes(self) -> bool:
+        """Whether parts of the model stand still for a while."""
+        return False
+
+    @property
+    def patient_from(self) -> int:
+        """The step behind which looks without progress count towards an early stop."""
+        return 0
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
         self._pass = batch_idx % self.config.train.accumulate

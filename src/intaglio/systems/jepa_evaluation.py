@@ -34,7 +34,11 @@ MOST = 1024
 """Tasks of a kind that are measured."""
 
 FITTED = 2048
-"""Training tasks that probes and the temperature are fitted to."""
+"""Training tasks that the temperature is fitted to."""
+
+PROBED = 12_288
+"""Training tasks that probes are fitted to: with a tenth of them a linear probe of thousands of numbers is right in 82 %
+where it could be in 89 %."""
 
 BLIND = 64
 """Tasks that a random encoder looks for too: its null needs no more."""
@@ -111,11 +115,10 @@ def evaluate(model: JepaModel, prepared: Puzzles, config: JepaConfig) -> Evaluat
             found[f"val/{kind}/perplexity"] = perplexity(model, read.codes)
         if kind == "generated":
             found |= {f"val/generated/{name}": m for name, m in rules(model, corpus, read).items()}
-            learnt = some(known, FITTED)
-            blind_fitted = read_items(random, prepared.data, learnt)
+            learnt = some(known, PROBED)
             features = {
-                "": (fitted.rule, read.rule),
-                "_random": (blind_fitted.rule, blind.rule),
+                "": (read_items(model, prepared.data, learnt).rule, read.rule),
+                "_random": (read_items(random, prepared.data, learnt).rule, blind.rule),
                 "_pixels": tuple(torch.from_numpy(pixel_features(corpus, i)) for i in (learnt, items)),
             }
             found |= {f"val/generated/{name}": m for name, m in probes(corpus, learnt, items, features).items()}

@@ -27,20 +27,20 @@ class EMA(L.Callback):
             self.origin = {n: _few(p).clone() for n, p in _trained(pl_module)}
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        self.average = {n: self.average[n].to(p.device) for n, p in _trained(pl_module)}
+        self.average = {n: x.to(pl_module.device) for n, x in self.average.items()}
 
     @torch.no_grad()
     def update(self, module: nn.Module) -> None:
         """One step of the average."""
         self.step += 1
         decay = min(self.decay, (1 + self.step) / (10 + self.step))
-        live: list[Tensor] = [p for p in module.parameters() if p.requires_grad]
+        live: list[Tensor] = [p for _, p in self._averaged(module)]
         torch._foreach_lerp_(list(self.average.values()), live, 1 - decay)
 
     @contextmanager
     def applied(self, module: nn.Module) -> Iterator[None]:
         """Inside, the module's parameters are the averaged ones; afterwards the live ones, bit for bit."""
-        parameters = dict(_trained(module))
+        parameters = dict(self._averaged(module))
         live = {n: p.data for n, p in parameters.items()}
         try:
             for n, p in parameters.items():
@@ -53,7 +53,7 @@ class EMA(L.Callback):
     @torch.no_grad()
     def moved(self, module: nn.Module) -> float:
         """‖average − start‖ / ‖live − start‖, of up to 1,000 numbers of each tensor: near 1 where it keeps up."""
-        ends = dict(_trained(module))
+        ends = dict(self._averaged(module))
         ours, theirs = (
             torch.stack([(_few(end).cpu() - self.origin[n].cpu()).norm() for n, end in found.items()]).norm()
             for found in (self.average, ends)
@@ -63,8 +63,12 @@ class EMA(L.Callback):
     @torch.no_grad()
     def apply_for_good(self, module: nn.Module) -> None:
         """The module's parameters become the averaged ones."""
-        for n, p in _trained(module):
+        for n, p in self._averaged(module):
             p.copy_(self.average[n])
+
+    def _averaged(self, module: nn.Module) -> list[tuple[str, nn.Parameter]]:
+        """Those that are trained, although a stage may have frozen some for now."""
+        return [(n, p) for n, p in module.named_parameters() if n in self.average]
 
     def state_dict(self) -> dict[str, Any]:
         return {"step": self.step, "average": self.average, "origin": self.origin}

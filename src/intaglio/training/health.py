@@ -71,6 +71,7 @@ class Health:
             "not_in_optimizer": audits.not_in_optimizer(system, optimizer),
             "ranges": system.ranges(self.probe()),
             "built_for": system.built_for,
+            "patient_from": system.patient_from,
         }
 
     def before_update(self, system: System) -> None:
@@ -102,6 +103,13 @@ class Health:
         with audits.around_validation(system, self.facts):
             yield
         self._write()
+
+    def audit(self, system: System, optimizer: torch.optim.Optimizer) -> None:
+        """What the optimizer holds of the parts that are trained by now, of which a stage may have frozen some."""
+        forgotten = audits.not_in_optimizer(system, optimizer)
+        if forgotten != self.facts["not_in_optimizer"]:
+            self.facts["not_in_optimizer"] = forgotten
+            self._write()
 
     def look(self, system: System, ema: EMA | None) -> dict[str, Reading]:
         """Every reading of the probe batch, with averaged weights; gradients of each term with live ones."""

@@ -54,7 +54,7 @@ class AfterStep(L.Callback):
         self.config, self.history, self.folder, self.batches, self.items = config, history, folder, batches, items
         self.held_out, self.ema, self.prove, self.identity = held_out, ema, prove, identity
         self.health, self.verdict = health, ""
-        self.best, self.best_step, self.looks_since_best = float("inf"), 0, 0
+        self.best, self.best_tie, self.best_step, self.looks_since_best = float("inf"), float("inf"), 0, 0
         self.latest: dict[str, float] = {}
         self.looks = 0
         self.kept: list[int] = []
@@ -68,7 +68,7 @@ class AfterStep(L.Callback):
     # state that a resumed run needs
 
     def state_dict(self) -> dict[str, Any]:
-        names = ("best", "best_step", "looks_since_best", "stopped_early", "kept")
+        names = ("best", "best_tie", "best_step", "looks_since_best", "stopped_early", "kept")
         return {name: self.__dict__[name] for name in names}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -161,10 +161,10 @@ class AfterStep(L.Callback):
         self._look_at_health(trainer, system, step)
         self.latest = {name: r.value for name, r in readings.items()}
         self.looks += 1
-        monitored = self.latest[self.config.train.monitor]
-        if monitored < self.best:
-            self.best, self.best_step, self.looks_since_best = monitored, step, 0
-        else:
+        monitored = (self.latest[self.config.train.monitor], self.latest[system.tie_break])
+        if monitored < (self.best, self.best_tie):
+            (self.best, self.best_tie), self.best_step, self.looks_since_best = monitored, step, 0
+        elif step > system.patient_from:
             self.looks_since_best += 1
         if self._out_of_patience():
             self.stopped_early = (
@@ -180,6 +180,7 @@ class AfterStep(L.Callback):
         if not self.health:
             return
         begun = time.perf_counter()
+        self.health.audit(system, trainer.optimizers[0])
         self._write(trainer, step, self.health.look(system, self.ema))
         diagnosis = self.health.judge()
         self.verdict = diagnosis.verdict

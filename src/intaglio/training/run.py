@@ -313,7 +313,7 @@ def _run_trainer(
         accelerator="gpu" if train.device == "cuda" else "cpu",
         devices=world // nodes,
         num_nodes=nodes,
-        strategy=DDPStrategy(broadcast_buffers=False) if world > 1 else "auto",
+        strategy=_strategy(world, system),
         precision="bf16-mixed" if train.precision == "bf16" else "32-true",
         max_steps=train.steps or -1,
         min_epochs=0,
@@ -341,6 +341,13 @@ def _run_trainer(
     if health:
         health.close()
     return after
+
+
+def _strategy(world: int, system: System) -> Any:
+    """Of several processes; parts that a stage freezes have no gradient to wait for."""
+    if world == 1:
+        return "auto"
+    return DDPStrategy(broadcast_buffers=False, find_unused_parameters=system.freezes)
 
 
 def _batches(config: Config, prepared: Prepared, done: int) -> TrainingBatches:

@@ -8,6 +8,7 @@ from intaglio.health.checks.base import Subject
 from intaglio.health.checks.diffusion import DiffusionSubject
 from intaglio.health.checks.jepa import JepaSubject
 from intaglio.health.checks.multimodal import MultimodalSubject
+from intaglio.health.checks.vqa import VqaSubject
 
 __all__ = ["SUBJECTS", "Subject", "subject_of"]
 
@@ -16,6 +17,7 @@ SUBJECTS: Mapping[str, type[Subject]] = {
     "autoencoder": AutoencoderSubject,
     "diffusion": DiffusionSubject,
     "jepa": JepaSubject,
+    "vqa": VqaSubject,
 }
 
 

@@ -141,6 +141,8 @@ def stopped_in_ramp(record: Record, limits: Limits) -> Iterator[Finding | NotMea
     """Early stopping can end a run before a ramp has, or judges by a loss whose weights move.
 
     Seen by the last step at which a logged weight moved, against the first at which patience can run out.
+
+    ``patient_from``: the step up to which no look counts towards an early stop.
     """
     train = record.config.get("train") or {}
     if "patience" not in train:
@@ -150,7 +152,7 @@ def stopped_in_ramp(record: Record, limits: Limits) -> Iterator[Finding | NotMea
     if not train["patience"] or not moving:
         return
     every = train.get("validate_every") or 1
-    earliest = every * (train["patience"] + 1)
+    earliest = every * (train["patience"] + max(1, record.facts.get("patient_from", 0) // every))
     for term, s in moving.items():
         end = int(s.steps[1:][np.diff(s.values) != 0][-1])
         if earliest < end:

@@ -133,17 +133,17 @@ def vocabulary_unreachable(record: Record, limits: Limits) -> Iterator[Finding]:
     id="free-running-gap",
     source="Ranzato et al. 2016; Bengio et al. 2015",
     case="V",
-    needs=("val/*/object_forced",),
-    log="both shares on the same held-out items",
+    needs=("val/*/object_forced", "val/*/accuracy_forced"),
+    log="both shares on the same held-out items, as val/SITE/accuracy and val/SITE/accuracy_forced",
     limits={"gap": 0.15},
 )
 def free_running_gap(record: Record, limits: Limits) -> Iterator[Finding | NotMeasured]:
     """Good under teacher forcing, poor when generating.
 
-    Seen by the share of captions that name the right thing when generated, beside the share of items whose naming token
-    is right when all tokens before it are given.
+    Seen by the share of captions that name the right thing, or of answers that are right, when generated, beside that
+    of items whose tokens are right when all true tokens before them are given.
     """
-    for name, forced in record.matching("val/*/object_forced").items():
+    for name, forced in record.matching("val/*/object_forced", "val/*/accuracy_forced").items():
         free = record.get(name.removesuffix("_forced"))
         if free is None:
             yield NotMeasured(f"{name} has no counterpart that was generated")
@@ -151,8 +151,8 @@ def free_running_gap(record: Record, limits: Limits) -> Iterator[Finding | NotMe
             yield Finding(
                 "free-running-gap",
                 "warning",
-                f"Given the true words before it, the model names the right thing in {forced.value:.0%} of cases; "
-                f"writing on its own, in {free.value:.0%}.",
+                f"Given the true words before each, the model is right in {forced.value:.0%} of cases; writing on its "
+                f"own, in {free.value:.0%}.",
                 {"forced": forced.value, "free": free.value},
                 remedies("train longer: --train.steps", "--model.dropout 0.1", wait=1000),
                 candidates=("decoding ends early or repeats: look at the captions", "it leans on the words before"),

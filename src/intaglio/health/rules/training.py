@@ -29,8 +29,9 @@ ADVERSARIAL = ("generator", "discriminator", "adversarial")
 """Words in the names of losses that two networks set each other, and that need not fall."""
 
 
-BESIDE = ("relational", "invariance", "colour", "flip", "shift")
-"""Names of terms that stand beside what is to be learnt: relations of embeddings, and what they shall not depend on."""
+BESIDE = ("relational", "invariance", "colour", "flip", "shift", "orthogonality", "preference")
+"""Names of terms that stand beside what is to be learnt: relations of embeddings, what they shall not depend on, and an
+order among answers that a model gives itself, which costs nothing while all of them are wrong."""
 
 
 ASIDE = ("/kl", *QUANTISER, *ADVERSARIAL, *(f"/{name}" for name in BESIDE))

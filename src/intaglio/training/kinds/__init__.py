@@ -8,6 +8,7 @@ from intaglio.training.kinds.base import Kind
 from intaglio.training.kinds.diffusion import DiffusionKind
 from intaglio.training.kinds.jepa import JepaKind
 from intaglio.training.kinds.multimodal import MultimodalKind
+from intaglio.training.kinds.vqa import VqaKind
 
 __all__ = ["KINDS", "Kind", "kind_of"]
 
@@ -16,6 +17,7 @@ KINDS: Mapping[str, type[Kind]] = {
     "autoencoder": AutoencoderKind,
     "diffusion": DiffusionKind,
     "jepa": JepaKind,
+    "vqa": VqaKind,
 }
 
 

@@ -5,10 +5,10 @@ from typing import Any
 
 from intaglio.config import Config
 from intaglio.health.finding import SEVERITIES, Finding
-from intaglio.health.rules.static import diffusion, jepa, multimodal, training
-from intaglio.health.rules.static.facts import ATTENTION, CaptionFacts, DataFacts, Facts, GridFacts
+from intaglio.health.rules.static import diffusion, jepa, multimodal, training, vqa
+from intaglio.health.rules.static.facts import ATTENTION, CaptionFacts, DataFacts, Facts, GridFacts, QuestionFacts
 
-__all__ = ["ATTENTION", "RULES", "CaptionFacts", "DataFacts", "Facts", "GridFacts", "judge"]
+__all__ = ["ATTENTION", "RULES", "CaptionFacts", "DataFacts", "Facts", "GridFacts", "QuestionFacts", "judge"]
 
 StaticRule = Callable[[Facts[Any]], list[Finding]]
 
@@ -17,6 +17,7 @@ RULES_OF: Mapping[str, tuple[StaticRule, ...]] = {
     "autoencoder": training.RULES,
     "diffusion": (*diffusion.RULES, *training.RULES),
     "jepa": (*jepa.RULES, *training.RULES),
+    "vqa": (*vqa.RULES, *training.RULES),
 }
 
 RULES = tuple(dict.fromkeys(rule for rules in RULES_OF.values() for rule in rules))

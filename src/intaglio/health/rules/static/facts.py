@@ -47,12 +47,23 @@ class GridFacts:
 
 
 @dataclass(frozen=True)
+class QuestionFacts:
+    """``vocabulary`` is what the tokenizer takes of questions and answers, ``longest`` the longest of each in tokens,
+    after ``cut`` of them were shortened; ``entropy`` of the training answers in nats."""
+
+    vocabulary: int
+    longest: tuple[int, int]
+    cut: int
+    entropy: float
+
+
+@dataclass(frozen=True)
 class DataFacts:
     """The data as training will see it.
 
     ``train`` and ``held_out`` count items; ``low`` and ``high`` bound the pixels (0 to 255); ``sampled`` is the number
-    of items that were read; ``unlabelled`` counts training items without a class; ``captions`` and ``grids`` are None
-    where none are learnt from.
+    of items that were read; ``unlabelled`` counts training items without a class; ``captions``, ``grids`` and
+    ``questions`` are None where none are learnt from.
     """
 
     train: int
@@ -64,6 +75,7 @@ class DataFacts:
     unlabelled: int = 0
     captions: CaptionFacts | None = None
     grids: GridFacts | None = None
+    questions: QuestionFacts | None = None
 
 
 @dataclass(frozen=True)

@@ -11,6 +11,7 @@ from intaglio.health.rules.static.facts import Facts, found
 NO_WEIGHTS = {
     *("pairing", "temperature", "prediction", "weighting", "gamma"),
     *("objective", "queue", "bounds", "slices"),
+    *("floor", "ramp", "candidates"),
 }
 """Keys below ``loss`` that multiply no term."""
 

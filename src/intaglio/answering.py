@@ -1,0 +1,132 @@
+"""Answers of a trained model to questions about images: the parts of ``intaglio answer``.
+
+Shapes: S image side.
+"""
+
+import csv
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from intaglio.api import load_model
+from intaglio.data.pixels import UnreadableImage, read_image
+from intaglio.data.questions.read import Files, read_rows
+from intaglio.models.explain import drawn_again, explain
+from intaglio.models.vqa import VqaModel
+from intaglio.nn.bottleneck import Latents
+
+BATCH = 512
+
+
+def answer(
+    run: str | Path,
+    image: str | Path,
+    questions: Sequence[str],
+    samples: int = 0,
+    closed: bool = False,
+    explained: str | Path | None = None,
+) -> list[dict[str, Any]]:
+    """The answer to each question about an image file, with its probability.
+
+    The image is encoded once. ``samples`` draws the latents as often and tells how the answers spread; ``closed`` takes
+    the likeliest of the answers that training had; ``explained`` is a PNG that shows which places of the image and
+    which latents the answers rest on.
+
+    Raises:
+        ValueError: the run is of another system, the image cannot be read, or a question is empty.
+    """
+    model = _vqa(run)
+    try:
+        pixels = read_image(str(image), model.image_size)[0]
+    except UnreadableImage as error:
+        raise ValueError(str(error)) from None
+    if not questions:
+        raise ValueError("There is no question: intaglio answer RUN IMAGE “what is the largest thing?”.")
+    q = model.latents(pixels[None], np.zeros(len(questions), int), questions)
+    told = [{"question": question, **found} for question, found in zip(questions, _told(model, q, closed), strict=True)]
+    for k, row in enumerate(told):
+        lost, unknown = model.cut(questions[k])
+        row |= {"note": f"{lost} tokens of the question were cut off"} if lost else {}
+        row |= {"note": f"{unknown} pieces of the question never occurred in training"} if unknown else {}
+        if samples:
+            one = Latents(q.mean[k : k + 1], None if q.log_variance is None else q.log_variance[k : k + 1])
+            row["spread"] = dict(drawn_again(model, one, samples, seed=0))
+    if explained is not None:
+        from intaglio.reports.proofs.vqa import drawn
+
+        found = [(pixels, explain(model, pixels, question, max(16, samples))) for question in questions]
+        for row, (_, e) in zip(told, found, strict=True):
+            row |= {"places": np.round(e.places, 4).tolist(), "latents": np.round(e.latents, 4).tolist()}
+        drawn(found).save(Path(explained))
+    return told
+
+
+def answer_table(
+    run: str | Path, table: str | Path, columns: Mapping[str, str], closed: bool = False
+) -> Iterator[dict[str, Any]]:
+    """The answer to each row of a table of questions, whose images lie beside or below it; rows need no answers.
+
+    A row that cannot be used has ``skipped``, the reason, in the place of an answer. Each image is read once.
+    """
+    model, path = _vqa(run), Path(table)
+    if not path.is_file():
+        raise ValueError(f"{path} is no file; give a table of questions, such as questions.csv.")
+    files, pixels = Files(path.parent.resolve(), path.parent.resolve()), dict[str, np.ndarray | str]()
+    rows = list(read_rows(path, columns, answered=False))
+    for begin in range(0, len(rows), BATCH):
+        part = []
+        for row in rows[begin : begin + BATCH]:
+            file = files.find(row.image)
+            if file is not None and file not in pixels:
+                try:
+                    pixels[file] = read_image(str(path.parent / file), model.image_size)[0]
+                except UnreadableImage as error:
+                    pixels[file] = str(error)
+            found = pixels[file] if file is not None else files.why_not(row.image)
+            part.append((row, found if row.question else "row without question", file))
+        good = [(row, x, file) for row, x, file in part if not isinstance(x, str)]
+        seen = list(dict.fromkeys(file for _, _, file in good))
+        answers: Iterator[dict[str, Any]] = iter(())
+        if good:
+            images = np.stack([x for x in (pixels[f] for f in seen if f) if not isinstance(x, str)])
+            which = [seen.index(file) for _, _, file in good]
+            answers = iter(_told(model, model.latents(images, which, [row.question for row, _, _ in good]), closed))
+        for row, x, _ in part:
+            yield {"image": row.image, "question": row.question} | (
+                {"skipped": x} if isinstance(x, str) else next(answers)
+            )
+        pixels = {f: x for f, x in pixels.items() if f in seen[-1:]}
+
+
+def write_table(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
+    """Rows as CSV."""
+    with path.open("w", encoding="utf-8", newline="") as file:
+        writer = csv.DictWriter(file, ["image", "question", "answer", "probability", "skipped"], extrasaction="ignore")
+        writer.writeheader()
+        writer.writerows(rows)
+
+
+@torch.inference_mode()
+def _told(model: VqaModel, q: Latents, closed: bool) -> list[dict[str, Any]]:
+    """Answer and probability of each."""
+    if not closed:
+        made = model.answers(q.mean)
+        return [
+            {"answer": a, "probability": float(f"{p:.4g}")} | ({} if done else {"unfinished": True})
+            for a, p, done in zip(made.answers, made.probability.tolist(), made.finished.tolist(), strict=True)
+        ]
+    shares, best = model.among_known(q.mean).max(1)
+    return [
+        {"answer": model.known[k], "probability": float(f"{p:.4g}")}
+        for k, p in zip(best.tolist(), shares.tolist(), strict=True)
+    ]
+
+
+def _vqa(run: str | Path) -> VqaModel:
+    model = load_model(run)
+    if not isinstance(model, VqaModel):
+        raise ValueError(f"{run} is no model for questions, and cannot answer; train vqa-small for that.")
+    return model
