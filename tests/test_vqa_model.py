@@ -9,12 +9,13 @@ import torch
 from torch import Tensor
 
 from intaglio.config import VqaModelConfig
+from intaglio.data.questions.corpus import token_f1
 from intaglio.data.tokenizer import END, PAD, START, CaptionTokenizer
 from intaglio.models.explain import explain
 from intaglio.models.vqa import VqaModel
 from intaglio.nn.bottleneck import GatedCross
 from intaglio.objectives.bottleneck import free_bits, orthogonality, preference
-from intaglio.systems.vqa_evaluation import rouge_l, token_f1
+from intaglio.systems.vqa_evaluation import rouge_l
 
 ANSWERS = ("ship", "cross hatching", "at the upper left", "none")
 QUESTIONS = ["what stands at the upper left?", "how is the ship shaded?", "how many things are there?"]

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from intaglio.config import VqaConfig, to_dict
 from intaglio.config.stages import PARTS, Stage, at, parse
 from intaglio.data import order
-from intaglio.data.questions.corpus import normal
+from intaglio.data.questions.corpus import normal, token_f1
 from intaglio.data.questions.prepare import Questioned
 from intaglio.data.questions.table import QuestionBatch
 from intaglio.data.tokenizer import END, PAD, START
@@ -90,7 +90,7 @@ class VqaSystem(System):
     def scores(self, given_BT: Tensor, truth_BT: Tensor) -> Tensor:
         """How right each answer is, (B,)."""
         pairs = zip(self.model.texts(given_BT), self.model.texts(truth_BT), strict=True)
-        return torch.tensor([score(given, truth) for given, truth in pairs], device=given_BT.device)
+        return torch.tensor([token_f1(given, truth) for given, truth in pairs], device=given_BT.device)
 
     @torch.no_grad()
     def candidates(self, z_BKZ: Tensor) -> Tensor:
@@ -144,7 +144,7 @@ class VqaSystem(System):
         sums = {f"loss/{name}": (term.value * questions.to(term.value), questions) for name, term in terms.items()}
         q = self.model.network.latents(self.model.see(batch.images), batch.which, batch.questions)
         given, truths = self.model.answers(q.mean).answers, self.model.texts(batch.answers)
-        wrong = sum(score(a, b) < 1 for a, b in zip(given, truths, strict=True))
+        wrong = sum(normal(a) != normal(b) for a, b in zip(given, truths, strict=True))
         return sums | {"loss/wrong": (torch.tensor(float(wrong)), questions)}
 
     def read(self, batch: QuestionBatch) -> dict[str, Mapping[str, Measured]]:
@@ -223,15 +223,6 @@ class VqaSystem(System):
 
     def nulls(self) -> Mapping[str, float]:
         return self._nulls
-
-
-def score(given: str, truth: str) -> float:
-    """1 for the very answer, else the F1 of its words (Rajpurkar et al. 2016, section 6.1)."""
-    a, b = normal(given).split(), normal(truth).split()
-    if a == b:
-        return 1.0
-    common = sum(min(a.count(word), b.count(word)) for word in set(a))
-    return 0.0 if not common else 2 * common / (len(a) + len(b))
 
 
 def null_readings(config: VqaConfig, prepared: Questioned) -> dict[str, float]:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from intaglio.data import order
 from intaglio.data.batches import fixed_batches
-from intaglio.data.questions.corpus import normal, right
+from intaglio.data.questions.corpus import normal, right, token_f1
 from intaglio.data.questions.prepare import Questioned
 from intaglio.data.tokenizer import PAD
 from intaglio.health.instruments import bottleneck
@@ -147,13 +147,6 @@ def texts(prepared: Questioned, items: np.ndarray, given: Sequence[str]) -> dict
         "rouge_l": [max(rouge_l(a, t) for t in several) for a, several in zip(given, truths, strict=True)],
     }
     return {f"val/answer/{name}": ratio(np.array(s, float), np.ones(len(s))) for name, s in scores.items()}
-
-
-def token_f1(given: str, truth: str) -> float:
-    """Of the words that two texts share, regardless of order (Rajpurkar et al. 2016, section 6.1)."""
-    a, b = Counter(normal(given).split()), Counter(normal(truth).split())
-    common = sum((a & b).values())
-    return 2 * common / (a.total() + b.total()) if common else 0.0
 
 
 def rouge_l(given: str, truth: str) -> float:

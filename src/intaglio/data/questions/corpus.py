@@ -76,6 +76,13 @@ def right(given: str, asked: Asked) -> bool:
     return normal(given) in map(normal, asked.answers)
 
 
+def token_f1(given: str, truth: str) -> float:
+    """Of the words that two texts share, regardless of order (Rajpurkar et al. 2016, section 6.1)."""
+    a, b = Counter(normal(given).split()), Counter(normal(truth).split())
+    common = sum((a & b).values())
+    return 2 * common / (a.total() + b.total()) if common else 0.0
+
+
 def _with_kinds(asked: Sequence[Asked]) -> tuple[Asked, ...]:
     guessed = [a.kind or _kind(a) for a in asked]
     counts = Counter(guessed)
