@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from intaglio.config import JepaConfig
+from intaglio.data import order
 from intaglio.data.arc.alter import keys
 from intaglio.data.arc.generate import PRIMITIVES, alternatives
 from intaglio.data.arc.prepare import Puzzles
@@ -121,6 +122,8 @@ def evaluate(model: JepaModel, prepared: Puzzles, config: JepaConfig) -> Evaluat
                 "_pixels": tuple(torch.from_numpy(pixel_features(corpus, i)) for i in (learnt, items)),
             }
             found |= {f"val/generated/{name}": m for name, m in probes(corpus, learnt, items, features).items()}
+    if model.network.coded:
+        found |= {f"val/{name}/perplexity": m for name, m in code_use(model, prepared.data, sides["val"]).items()}
     return Evaluation.of(found)
 
 
@@ -331,6 +334,29 @@ def spread(read: Read) -> dict[str, Measured]:
     """Effective ranks of what is predicted from the context, and of the targets, beside a Gaussian's at the same N."""
     sites = {"context": read.predicted, "target": read.answers}
     return {f"{site}_rank": panel.latents(x)["effective_rank"] for site, x in sites.items()}
+
+
+@torch.no_grad()
+def code_use(model: JepaModel, data: Tasks, held_out: dict[str, np.ndarray]) -> dict[str, Measured]:
+    """How evenly codes are used on held-out tasks of all kinds in equal shares, as training has them: ``both`` as they
+    are, and ``altered`` as training alters them. Codes learn tasks in all colours, and those as they are have few."""
+    kinds = [items for items in held_out.values() if len(items)]
+    count = min(MOST, *map(len, kinds)) if len(kinds) > 1 else MOST
+    items = np.concatenate([some(items, count) for items in kinds])
+    parts = np.array_split(items, len(items) // 64 + 1)
+    batches = {
+        "both": [data.batch(part, order.draws(part, 0)) for part in parts],
+        "altered": [data.training_batch(part, order.draws(part, 0)) for part in parts],
+    }
+    found: dict[str, Measured] = {}
+    for name, several in batches.items():
+        codes = []
+        for batch in several:
+            grids, real = batch.grids.to(model.device), batch.real.to(model.device)
+            with torch.autocast(model.device.type, torch.bfloat16):
+                codes.append(model.network.quantise(model.network.slots(grids, real), real).codes[real].flatten())
+        found[name] = perplexity(model, torch.cat(codes))
+    return found
 
 
 def perplexity(model: JepaModel, codes: Tensor) -> Measured:

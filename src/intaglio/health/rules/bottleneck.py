@@ -155,7 +155,7 @@ def kl_parked(record: Record, limits: Limits) -> Iterator[Finding | NotMeasured]
     case="V: 77 nats for 6.8 bits",
     needs=("val/*/target_entropy",),
     log="the entropy of what is decoded as val/SITE/target_entropy, nats",
-    limits={"times": 4.0},
+    limits={"times": 3.0},
 )
 def rate_too_high(record: Record, limits: Limits) -> Iterator[Finding | NotMeasured]:
     """Far more nats in the latent than what is decoded has entropy.

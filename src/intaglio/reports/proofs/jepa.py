@@ -1,5 +1,6 @@
 """Proofs of a JEPA on grids: answers found among others, tasks with a rule alike, and what each code stands for."""
 
+import math
 from collections.abc import Callable
 from pathlib import Path
 
@@ -147,19 +148,21 @@ def codes(model: JepaModel, prepared: Puzzles, read: Read, part: slice = slice(C
     sheet = Sheet(
         "What each code stands for",
         f"Codes in the order of their use, {used} of them in use; each with grids in which a slot has it, equal ones "
-        "once. Look for what the grids of a code have in common and the others have not.",
+        "once. Bright is the region that the slot stands for. Look for what a code's regions have in common and the "
+        "others have not.",
     )
     side, top = 0.56, sheet.y
     rng = np.random.default_rng(0)
     for place, code in enumerate(by_use[:used][part]):
         x, y = MARGIN + place % 3 * 3.12, top + place // 3 * (side + 0.3)
         having = np.flatnonzero((grid_codes == code).any(1))
-        chosen: list[np.ndarray] = []
+        chosen: list[int] = []
         for g in rng.permutation(having):
-            if len(chosen) < EXAMPLES and not any(np.array_equal(grids[g], other) for other in chosen):
-                chosen.append(grids[g])
-        for column, grid in enumerate(chosen):
-            sheet.picture(x + column * (side + 0.04), y, side, drawn(grid))
+            if len(chosen) < EXAMPLES and not any(np.array_equal(grids[g], grids[other]) for other in chosen):
+                chosen.append(int(g))
+        for column, g in enumerate(chosen):
+            places = np.flatnonzero(grid_codes[g] == code) if model.network.encoder.content else None
+            sheet.picture(x + column * (side + 0.04), y, side, drawn(grids[g], places, math.isqrt(slots)))
         share = counts[code] / counts.sum()
         sheet.text(x, y + side + 0.03, f"code {code}: {share:.1%} of slots", 3, size=7, colour=FAINT, lines=1)
         sheet.told.append(f"Code {code}: {share:.2%} of slots, in {len(having)} of {len(grids)} grids.")
@@ -176,12 +179,17 @@ def _grids_read(prepared: Puzzles, read: Read) -> list[np.ndarray]:
     return found
 
 
-def drawn(grid: np.ndarray) -> np.ndarray:
-    """A grid in ARC's colours, lines between its cells, in the middle of a white square; uint8 (S, S, 3)."""
+def drawn(grid: np.ndarray, bright: np.ndarray | None = None, regions: int = 1) -> np.ndarray:
+    """A grid in ARC's colours, lines between its cells, in the middle of a white square, uint8 (S, S, 3); where
+    ``bright`` numbers some of its R × R regions, the others are pale."""
     cell = max(3, PIXELS // max(grid.shape))
     whole = np.full((PIXELS, PIXELS, 3), 255, np.uint8)
     cells = PALETTE[np.kron(grid, np.ones((cell, cell), np.uint8))]
     cells[::cell] = cells[:, ::cell] = LINE
+    if bright is not None:
+        region = [np.arange(n) * regions // n for n in cells.shape[:2]]
+        pale = ~np.isin(region[0][:, None] * regions + region[1], bright)
+        cells[pale] = 255 - (255 - cells[pale].astype(int)) // 4
     h, w = (min(PIXELS, n) for n in cells.shape[:2])
     y, x = (PIXELS - h) // 2, (PIXELS - w) // 2
     whole[y : y + h, x : x + w] = cells[:h, :w]
