@@ -70,7 +70,7 @@ COMMON = [
     *("--train.steps=180", "--optim.warmup=18", "--optim.rate=3e-3", "--health.probe=64", "--train.keep=1"),
     *("--model.width=32", "--model.heads=2", "--model.vision_layers=1", "--model.question_layers=1"),
     *("--model.fusion_layers=1", "--model.reasoning_layers=1", "--model.answer_layers=1", "--model.latents=2"),
-    *("--model.dims=4", "--loss.ramp=40", "--loss.kl=0.02"),
+    *("--model.dims=4", "--loss.ramp=40", "--loss.kl=0.02", "--stages=[]"),
 ]
 
 
@@ -123,7 +123,7 @@ STAGES = '--stages=[{"until": 0.2, "freeze": ["vision"], "without": ["preference
 @pytest.fixture(scope="module")
 def staged(train: Any) -> RunFolder:
     """The twin of faults of the curriculum, the preference and patience."""
-    words = ("--loss.preference=0.2", "--loss.orthogonality=0.05", "--rates.vision=0.5")
+    words = ("--loss.preference=0.2", "--loss.orthogonality=0.05", "--rates.vision=0.5", "--loss.kl=0.05")
     return train(STAGES, *words, "--train.patience=4", "--train.validate_every=20")
 
 
@@ -161,7 +161,7 @@ def blind(self: GatedCross, x_BTD: Tensor, memory_UPD: Tensor, which_B: Tensor) 
     keys, values = self.attention.keys_values(memory_UPD)
     looked = self.attention(self.norm(x_BTD), keys[which_B], values[which_B])
     x_BTD = x_BTD + 0 * looked
-    return x_BTD + self.gates[1].tanh() * self.feed(self.feed_norm(x_BTD))
+    return x_BTD + self.gates[1].tanh() * self.joined(x_BTD)
 
 
 def test_an_image_that_never_reaches_the_question_is_found(train, monkeypatch):

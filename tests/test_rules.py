@@ -66,6 +66,17 @@ CASES = [
         ["warning"],
     ),
     ("term-dominates", {"train/term.a/gradient_share": series(0.7), "train/term.b/gradient_share": series(0.3)}, []),
+    *(
+        (
+            "term-dominates",
+            {
+                **{f"train/term.{name}/gradient_share": series(share) for name, share in (("kl", 0.99), ("a", 0.01))},
+                "val/loss/a": series(left, null=1.0),
+            },
+            said,
+        )
+        for left, said in ((0.5, ["warning"]), (0.01, []))
+    ),
     (
         "weight-not-applied",
         {"train/loss/a": series(HEALTHY), "train/weight/a": series(STEPS / 2000), "train/loss/total": series(HEALTHY)},
@@ -272,6 +283,17 @@ def test_the_applied_rate_is_held_against_the_configured_one():
     for rates, expected in ((due, []), (half, ["fail"]), (10 * due, ["fail"])):
         assert found("learning-rate-off", {"train/optimizer/rate": series(rates)}, config=OPTIM, steps=2000) == expected
     assert found("learning-rate-off", {"train/optimizer/rate": series(due)}) is None
+
+
+def test_every_part_has_the_rate_that_is_configured_for_it():
+    from intaglio.objectives.schedules import warmup_cosine
+
+    due = np.array([1e-3 * warmup_cosine(int(k) - 1, 2000, 100, 1e-3) for k in STEPS])
+    config = {**OPTIM, "rates": {"vision": 0.1}}
+    for vision, answer, expected in ((0.1, 1, []), (1, 1, ["fail"]), (0.1, 10, ["fail"])):
+        rates = {"": due, ".vision": vision * due, ".answer": answer * due}
+        logged = {f"train/optimizer{part}/rate": series(rate) for part, rate in rates.items()}
+        assert found("learning-rate-off", logged, config=config, steps=2000) == expected
 
 
 @pytest.mark.parametrize(

@@ -22,14 +22,12 @@ QUESTIONS = ["what stands at the upper left?", "how is the ship shaded?", "how m
 
 
 def model(seed: int = 0, **options: Any) -> VqaModel:
-    """A tiny one, its gates open, with a tokenizer of its own."""
+    """A tiny one with a tokenizer of its own."""
     torch.manual_seed(seed)
     sizes = {"width": 16, "heads": 2, "vision_layers": 1, "latents": 3, "dims": 4, "vocabulary": 80}
     tokenizer = CaptionTokenizer.train([*QUESTIONS, *ANSWERS] * 3, 80)
     made = VqaModel({**VqaModelConfig().__dict__, **sizes, **options}, 16, (16, 12), len(tokenizer))
     made.tokenizer, made.known = tokenizer, ANSWERS
-    for layer in made.network.fusion:
-        torch.nn.init.constant_(layer.gates, 0.5)
     return made.eval()
 
 
@@ -91,7 +89,7 @@ def test_scores_of_answers(given, truth, f1, rouge):
 def test_shut_gates_let_nothing_of_the_image_through_and_open_ones_do():
     torch.manual_seed(0)
     layer, x, memory, which = (
-        GatedCross(16, 2),
+        GatedCross(16, 2, gate=0.0),
         torch.randn(5, 3, 16),
         torch.randn(2, 7, 16),
         torch.tensor([0, 1, 1, 0, 1]),
@@ -132,16 +130,17 @@ def test_the_model_without_a_bottleneck_has_about_as_many_parameters():
 # answers
 
 
-def plainly(vqa: VqaModel, z: Tensor) -> list[list[int]]:
-    """Greedy answers by recomputing everything for each token."""
+def plainly(vqa: VqaModel, z: Tensor) -> list[tuple[list[int], float]]:
+    """Greedy answers, and what they cost in nats, by recomputing everything for each token; padding is none."""
     found = []
     for one in z:
-        ids = [START]
+        ids, nats = [START], 0.0
         while len(ids) < vqa.lengths[1] and ids[-1] != END:
             logits = vqa.network.logits(one[None], torch.tensor([ids]))[0, -1]
             logits[PAD] = -torch.inf
             ids.append(int(logits.argmax()))
-        found.append(ids[1:])
+            nats -= float(logits.log_softmax(0).max())
+        found.append((ids[1:], nats))
     return found
 
 
@@ -150,10 +149,9 @@ def test_answers_with_a_cache_are_those_without_and_probabilities_those_of_their
     vqa = model(3)
     z = torch.randn(5, 3, 4, generator=torch.Generator().manual_seed(1)) * 3
     made, rows = vqa.answers(z), plainly(vqa, z)
-    assert made.answers == vqa.texts(torch.tensor([row + [PAD] * (12 - len(row)) for row in rows]))
-    for k, row in enumerate(rows):
-        nats = vqa.nats(z[k : k + 1], torch.tensor([[START, *row]]))
-        assert float(made.probability[k]) == pytest.approx(math.exp(-float(nats)), rel=1e-4)
+    assert made.answers == vqa.texts(torch.tensor([row + [PAD] * (12 - len(row)) for row, _ in rows]))
+    for k, (row, nats) in enumerate(rows):
+        assert float(made.probability[k]) == pytest.approx(math.exp(-nats), rel=1e-4)
         assert bool(made.finished[k]) == (row[-1] == END)
 
 

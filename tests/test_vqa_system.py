@@ -20,10 +20,15 @@ import intaglio
 from intaglio import answering
 from intaglio.api import load_model
 from intaglio.cli import main
+from intaglio.data.batches import fixed_batches
 from intaglio.data.engravings import Engravings
 from intaglio.history import read_history
 from intaglio.history.run_folder import RunFolder
 from intaglio.models.vqa import VqaModel
+from intaglio.systems.optimizers import describe_groups
+from intaglio.training import checkpoint
+from intaglio.training.kinds import kind_of
+from intaglio.training.loop import measure
 
 COMMON = [
     *("--train.steps=20", "--train.batch_size=6", "--train.log_every=1", "--train.keep=9", "--train.validate_every=10"),
@@ -78,6 +83,7 @@ def test_a_run_that_stopped_in_a_stage_and_went_on_is_the_uninterrupted_one(step
 
 def test_a_run_killed_in_the_middle_of_a_stage_goes_on_as_if_it_had_not_been(staged, tmp_path):
     process = start("train", "vqa-small", *COMMON, "--name=a", f"--runs={tmp_path}", *STAGED)
+    process = start("train", "vqa-small", *COMMON, "--name=a", f"--runs={tmp_path}", *STAGED)
     wait_for(process, tmp_path / "a" / "metrics.jsonl", 11)
     process.kill()
     process.communicate()
@@ -119,6 +125,80 @@ def test_parts_have_the_rates_that_were_asked_for(staged):
     assert sum(len(g["params"]) for g in groups) == len(dict(load_model(staged.path).network.named_parameters()))
 
 
+def test_every_rate_is_applied_logged_and_judged(tmp_path):
+    """From the optimizer itself, step for step; a part whose rate is not the configured one is found by name."""
+    seen: list[dict[str, float]] = []
+
+    def record(system: Any, factor: float = 1.0) -> None:
+        clip = system.configure_gradient_clipping
+
+        def before(optimizer: torch.optim.Optimizer, *args: Any, **kwargs: Any) -> None:
+            for group in optimizer.param_groups:
+                group["lr"] *= factor if group["name"].startswith("vision") else 1
+            clip(optimizer, *args, **kwargs)
+            seen.append({group["name"]: group["lr"] for group in optimizer.param_groups})
+
+        system.configure_gradient_clipping = before
+
+    def logged(found: RunFolder) -> dict[str, list[float]]:
+        names = {"": "optimizer", "vision": "optimizer.vision", "bottleneck": "optimizer.bottleneck"}
+        return {part: list(column(found, f"train/{site}/rate").values()) for part, site in names.items()}
+
+    found = run(tmp_path, *STAGED, alter=record)
+    for name in seen[0]:
+        assert logged(found)[name.rpartition(": ")[0]] == [groups[name] for groups in seen]
+    assert logged(found)["vision"][9] == pytest.approx(0.1 * logged(found)[""][9])
+    assert not learning_rate_off(found)
+    (message,) = learning_rate_off(run(tmp_path, *STAGED, alter=lambda system: record(system, 10)))
+    assert "the rate of vision was" in message
+
+
+def learning_rate_off(found: RunFolder) -> list[str]:
+    findings = json.loads((found.path / "findings.json").read_text())["findings"]
+    return [f["message"] for f in findings if f["rule"] == "learning-rate-off"]
+
+
+def test_what_is_printed_of_a_group_is_its_own_rate(staged):
+    groups = state(staged)["optimizer_states"][0]["param_groups"]
+    parameters = [{**g, "params": [torch.empty(2, 3)] * len(g["params"])} for g in groups]
+    rate, lines = staged.config().optim.rate, describe_groups(parameters)
+    for line in lines:
+        factor = {"vision": 0.1, "bottleneck": 2}.get(line.partition(":")[0], 1)
+        assert f"rate {factor * rate:g}, decay" in line
+    assert len({line.rpartition("rate")[2].partition(",")[0] for line in lines}) == 3
+
+
+def test_a_look_encodes_each_held_out_image_once_and_leaves_all_as_it_is(staged):
+    """Weights, buffers, modes, what trains and the global generator; its numbers are those of the terms."""
+    kind = kind_of(staged.config())
+    prepared = kind.prepare(None, None, None, lambda *told: None)
+    system: Any = kind.build(prepared)
+    system.on_train_batch_start(None, 0)  # the first stage freezes vision
+    before = whole(system)
+    seen: list[int] = []
+    handle = system.model.network.vision.register_forward_hook(lambda m, given, out: seen.append(len(given[0])))
+    batches = list(fixed_batches(prepared.data, prepared.splits["val"][:24], 6))
+    readings = measure(system, iter(batches), None)
+    handle.remove()
+    assert seen == [len(batch.images) for batch in batches]
+    after = whole(system)
+    assert before.keys() == after.keys()
+    for name, x in before.items():
+        assert torch.equal(x, after[name]) if isinstance(x, Tensor) else x == after[name], name
+    with torch.no_grad():
+        system.eval()
+        nats = [float(system.loss_terms(batch)["answer"].value) for batch in batches]
+    assert readings["val/loss/answer"].value == pytest.approx(np.mean(nats), rel=1e-6)
+
+
+def whole(system: Any) -> dict[str, Any]:
+    modules = {f"mode {name}": module.training for name, module in system.named_modules()}
+    trained = {f"trained {name}": p.requires_grad for name, p in system.named_parameters()}
+    gradients = {f"gradient {name}": p.grad for name, p in system.named_parameters()}
+    tensors = {name: x.clone() for name, x in system.state_dict().items()}
+    return {**tensors, **modules, **trained, **gradients, "generator": torch.get_rng_state()}
+
+
 def test_the_ramp_and_every_weight_are_applied(staged):
     """Each logged total is the sum of the logged terms by their logged weights, and KL's weight rises over 8 steps."""
     weight, total = column(staged, "train/weight/kl"), column(staged, "train/loss/total")
@@ -152,6 +232,27 @@ def test_the_preference_has_a_gradient_through_log_probabilities(staged):
 
     run(staged.path.parent / "look", *STAGED[1:], "--train.steps=4", "--train.validate_every=4", alter=look)
     assert found["norm"] > 0
+
+
+def test_two_processes_freeze_and_thaw_as_one_does(tmp_path):
+    """Vision stands still for six steps, the decoder for the next six; losses to 1e-4, and all weights together to
+    1e-3, as Adam makes steps of what rounding leaves of a gradient."""
+    words = [*STAGED, "--train.steps=14", "--train.validate_every=14", "--health.on=false"]
+    code, said = ran("train", "vqa-small", *COMMON, *words, "--train.devices=2", "--name=a", f"--runs={tmp_path}")
+    assert code == 0, said
+    two, one = RunFolder(tmp_path / "a"), run(tmp_path / "one", *words)
+    a, b = ({(r[0], r[2]): r[3] for r in rows(x) if r[2].split("/")[1] in ("loss", "weight")} for x in (two, one))
+    assert a == pytest.approx(b, rel=1e-4)
+    assert len(a) > 100
+    first = [checkpoint.read(x.checkpoints / checkpoint.name(5))["state_dict"] for x in (two, one)]
+    last = [state(x)["state_dict"] for x in (two, one)]
+    vision = [name for name in last[1] if ".vision." in name]
+    for name in vision:
+        assert torch.equal(first[0][name], first[1][name]), "both as they began"
+        assert not torch.equal(first[0][name], last[0][name])
+    for names in (list(last[1]), vision):
+        mine, theirs = (torch.cat([x[name].flatten() for name in names]) for x in last)
+        assert (mine - theirs).norm() < 1e-3 * theirs.norm()
 
 
 def test_patience_counts_from_behind_the_last_stage_and_the_ramp(tmp_path):

@@ -4,6 +4,7 @@ Shapes: S image side.
 """
 
 import csv
+from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -66,39 +67,63 @@ def answer(
 
 def answer_table(
     run: str | Path, table: str | Path, columns: Mapping[str, str], closed: bool = False
-) -> Iterator[dict[str, Any]]:
+) -> list[dict[str, Any]]:
     """The answer to each row of a table of questions, whose images lie beside or below it; rows need no answers.
 
-    A row that cannot be used has ``skipped``, the reason, in the place of an answer. Each image is read once.
+    A row that cannot be used has ``skipped``, the reason, in the place of an answer. Each image is read once and
+    encoded once, in whatever order it is asked about.
     """
     model, path = _vqa(run), Path(table)
     if not path.is_file():
         raise ValueError(f"{path} is no file; give a table of questions, such as questions.csv.")
-    files, pixels = Files(path.parent.resolve(), path.parent.resolve()), dict[str, np.ndarray | str]()
+    files, about = Files(path.parent.resolve(), path.parent.resolve()), defaultdict[str, list[int]](list)
     rows = list(read_rows(path, columns, answered=False))
-    for begin in range(0, len(rows), BATCH):
-        part = []
-        for row in rows[begin : begin + BATCH]:
-            file = files.find(row.image)
-            if file is not None and file not in pixels:
-                try:
-                    pixels[file] = read_image(str(path.parent / file), model.image_size)[0]
-                except UnreadableImage as error:
-                    pixels[file] = str(error)
-            found = pixels[file] if file is not None else files.why_not(row.image)
-            part.append((row, found if row.question else "row without question", file))
-        good = [(row, x, file) for row, x, file in part if not isinstance(x, str)]
-        seen = list(dict.fromkeys(file for _, _, file in good))
-        answers: Iterator[dict[str, Any]] = iter(())
-        if good:
-            images = np.stack([x for x in (pixels[f] for f in seen if f) if not isinstance(x, str)])
-            which = [seen.index(file) for _, _, file in good]
-            answers = iter(_told(model, model.latents(images, which, [row.question for row, _, _ in good]), closed))
-        for row, x, _ in part:
-            yield {"image": row.image, "question": row.question} | (
-                {"skipped": x} if isinstance(x, str) else next(answers)
-            )
-        pixels = {f: x for f, x in pixels.items() if f in seen[-1:]}
+    told: list[dict[str, Any]] = [{"image": row.image, "question": row.question} for row in rows]
+    for k, row in enumerate(rows):
+        file = files.find(row.image)
+        if file is None or not row.question:
+            told[k]["skipped"] = files.why_not(row.image) if file is None else "row without question"
+        else:
+            about[file].append(k)
+    for some in _together(about):
+        pixels, asked, which = list[np.ndarray](), list[int](), list[int]()
+        for file in some:
+            try:
+                pixels.append(read_image(str(path.parent / file), model.image_size)[0])
+            except UnreadableImage as error:
+                for k in about[file]:
+                    told[k]["skipped"] = str(error)
+                continue
+            asked += about[file]
+            which += [len(pixels) - 1] * len(about[file])
+        if asked:
+            found = _answers(model, np.stack(pixels), which, [rows[k].question for k in asked], closed)
+            for k, row_found in zip(asked, found, strict=True):
+                told[k] |= row_found
+    return told
+
+
+def _together(about: Mapping[str, Sequence[int]]) -> Iterator[list[str]]:
+    """Images with ``BATCH`` questions or more together, the last ones with fewer."""
+    some, count = list[str](), 0
+    for file, asked in about.items():
+        some.append(file)
+        count += len(asked)
+        if count >= BATCH:
+            yield some
+            some, count = [], 0
+    if some:
+        yield some
+
+
+@torch.inference_mode()
+def _answers(
+    model: VqaModel, images: np.ndarray, which: Sequence[int], questions: Sequence[str], closed: bool
+) -> list[dict[str, Any]]:
+    """Images are encoded once, and asked ``BATCH`` questions at a time."""
+    places, ids = model.places(images), model.question_ids(questions)
+    parts = zip(torch.tensor(which, device=model.device).split(BATCH), ids.split(BATCH), strict=True)
+    return [row for w, some in parts for row in _told(model, model.network.latents(places, w, some), closed)]
 
 
 def write_table(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:

@@ -1,8 +1,9 @@
 """The targets of the JEPA: ``intaglio bench jepa --data FOLDER``, ARC's tasks, three seeds.
 
 Each run learns from the folder's training tasks and from generated ones, and is measured on tasks that it never saw:
-the folder's evaluation tasks, and generated ones. A run that has finished is measured rather than trained again. A row
-is the mean over seeds, its interval the widest of theirs: the lowest lower end and the highest upper one.
+the folder's evaluation tasks, and generated ones; its codes on both in equal shares. A run that has finished is
+measured rather than trained again. A row is the mean over seeds, its interval the widest of theirs: the lowest lower
+end and the highest upper one.
 """
 
 from typing import Any
@@ -29,7 +30,10 @@ def measure(data: str | None = None) -> tuple[list[Result], dict[str, Any]]:
         _above("without the question among them, over a copy by equal cells", runs, "val/real/copied_cells"),
         _over_null("effective rank of contexts over its null", 0.5, runs, "val/generated/context_rank"),
         _over_null("effective rank of targets over its null", 0.5, runs, "val/generated/target_rank"),
-        _over_null("perplexity of the codes over its null", 0.8, runs, "val/generated/perplexity"),
+        _over_null(
+            "perplexity of the codes over its null, altered as in training", 0.8, runs, "val/altered/perplexity"
+        ),
+        _over_null("the same, tasks as they are", 0.8, runs, "val/both/perplexity"),
         _over_seeds("which of ten primitives, by a linear probe", 0.9, runs, "val/generated/primitive"),
         Result("minutes of training, the longest", 60, max(map(minutes, folders)), better="lower"),
     ]

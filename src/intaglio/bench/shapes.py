@@ -27,3 +27,20 @@ def write_shapes(folder: Path, count: int, seed: int = 0) -> Path:
         rows.append(f"{k}.png,a {colour} {shape} on the {'left' if x + size / 2 < 16 else 'right'},{shape}")
     (folder / "metadata.csv").write_text("\n".join(rows) + "\n", encoding="utf-8")
     return folder
+
+
+def ask_shapes(folder: Path, count: int, seed: int = 0) -> Path:
+    """The same images with a ``questions.csv``: which colour, which shape, which side, and one that asks for a yes."""
+    folder.mkdir(parents=True, exist_ok=True)
+    random, rows = np.random.default_rng((seed, 1)), ["img_id,question,answer,type"]
+    told = (write_shapes(folder / "images", count, seed) / "metadata.csv").read_text(encoding="utf-8").splitlines()[1:]
+    for file, caption, shape in (line.split(",") for line in told):
+        colour, side, asked = caption.split()[1], caption.split()[-1], random.choice(list(COLOURS))
+        rows += [
+            f"{file},what colour is the {shape}?,{colour},colour",
+            f"{file},what is on the {side}?,{shape},shape",
+            f"{file},on which side is the {colour} thing?,{side},side",
+            f"{file},is the {shape} {asked}?,{'yes' if asked == colour else 'no'},yes or no",
+        ]
+    (folder / "questions.csv").write_text("\n".join(rows) + "\n", encoding="utf-8")
+    return folder

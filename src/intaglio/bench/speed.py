@@ -23,6 +23,7 @@ from intaglio.bench.big_history import measure_big_history
 from intaglio.bench.process import process
 from intaglio.bench.speed_codebook import measure_codebook
 from intaglio.bench.speed_diffusion import measure_diffusion
+from intaglio.bench.speed_questions import measure_questions
 from intaglio.config import MultimodalConfig, load
 from intaglio.data.batches import TrainingBatches
 from intaglio.data.engravings import Engravings
@@ -51,6 +52,7 @@ def measure() -> tuple[list[Result], dict[str, Any]]:
         history = measure_big_history(Path(scratch))
     images, of_images = measure_diffusion()
     codes, of_codes = measure_codebook()
+    questions, of_questions = measure_questions()
     cached = _decoding_ratio()
     started = {"--help": _started("-m", "intaglio", "--help"), "import": _started("-c", "import intaglio")}
     python = _started("-c", "pass")
@@ -74,6 +76,7 @@ def measure() -> tuple[list[Result], dict[str, Any]]:
         *history,
         *images,
         *codes,
+        *questions,
     ]
     facts = {
         "items_per_second": {"trainer": trainer, "bare_loop": bare, "health_on": watched, "health_off": unwatched},
@@ -83,6 +86,7 @@ def measure() -> tuple[list[Result], dict[str, Any]]:
         "python_start_seconds": python,
         "images": of_images,
         "codes": of_codes,
+        "questions": of_questions,
     }
     return results, facts
 

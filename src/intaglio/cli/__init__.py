@@ -217,7 +217,7 @@ def _answer(a: Arguments) -> int:
         raise ValueError("Give an image and questions about it, or --table FILE with a row for each question.")
     if a.table is not None:
         columns = dict(word.partition("=")[::2] for word in a.columns)
-        rows = list(answering.answer_table(a.run, a.table, columns, a.closed))
+        rows = answering.answer_table(a.run, a.table, columns, a.closed)
         if a.out:
             answering.write_table(Path(a.out), rows)
     else:
@@ -398,7 +398,8 @@ def _parser() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentParse
     p.add_argument("--out", metavar="CSV", help="of --table: where the answers go, instead of being printed")
 
     p = verb("bench", "our own evidence: speed, targets of a system, false alarms, verdicts on labelled histories")
-    systems, healthy = ("multimodal", "diffusion", "jepa", "vqa"), ("healthy", "healthy-diffusion", "healthy-jepa")
+    systems = ("multimodal", "diffusion", "jepa", "vqa")
+    healthy = ("healthy", *(f"healthy-{system}" for system in systems[1:]))
     p.add_argument("what", choices=("speed", *systems, *healthy, "histories", "comparisons"))
     what = "of histories: a folder with labels.json; of diffusion: one of labelled photos; of jepa: one of ARC's "
     what += "tasks; of vqa: one of images and questions"

@@ -231,6 +231,15 @@ def _vqa_faults(config: VqaConfig) -> Iterator[str]:
     for name in ("vision_layers", "question_layers"):
         if getattr(m, name) < 0:
             yield f"model.{name} is {getattr(m, name)}; it must not be negative."
+    for part, folder, layers in (
+        ("vision", m.vision, m.train_vision),
+        ("question", m.question, m.train_question),
+    ):
+        if layers and not folder:
+            yield (
+                f"model.train_{part} names layers of a transformers folder, and model.{part} names none: give the "
+                "folder, or leave the layers out, as the built-in encoder is trained whole."
+            )
     if m.fusion_layers < 1:
         yield f"model.fusion_layers is {m.fusion_layers}; without one no question ever looks at the image: use 2."
     if m.width % m.heads or m.width % 4:

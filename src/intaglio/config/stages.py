@@ -68,6 +68,11 @@ def at(stages: Sequence[Stage], step: int) -> Stage:
     return next((stage for stage in stages if step < stage.until), NOTHING)
 
 
+def held_back(stages: Sequence[Stage], term: str) -> int:
+    """The step from which on a term of the loss is never off."""
+    return max((stage.until for stage in stages if term in stage.without), default=0)
+
+
 def _listed(where: str, key: str, given: Any) -> tuple[str, ...]:
     words = [given] if isinstance(given, str) else given
     if not isinstance(words, list | tuple) or not all(isinstance(word, str) for word in words):

@@ -13,6 +13,9 @@ from intaglio.models.vqa import VqaModel
 from intaglio.nn.bottleneck import Latents
 from intaglio.nn.vision import HALVINGS
 
+MOST = 16
+"""Places a side: each is a forward pass."""
+
 
 @dataclass(frozen=True)
 class Explained:
@@ -38,7 +41,8 @@ def explain(model: VqaModel, image: np.ndarray, question: str, samples: int = 16
     made = model.answers(q.mean)
     answer, probability = made.answers[0], float(made.probability[0])
     ids = torch.from_numpy(model.encoded([answer])).to(model.device)
-    side, cell = len(image) >> HALVINGS, 1 << HALVINGS
+    side = min(len(image) >> HALVINGS, MOST)
+    cell = len(image) // side
     covered = np.repeat(image[None], side**2, 0)
     colour = image.reshape(-1, 3).mean(0).round().astype(np.uint8)
     for k in range(side**2):

@@ -5,8 +5,9 @@ Shapes: U images, B questions, S image side, T text positions, P places, K laten
 
 import io
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import redirect_stdout
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -17,6 +18,15 @@ from torch import Tensor, nn
 
 from intaglio.config import VqaModelConfig
 from intaglio.data.tokenizer import END, PAD, START, CaptionTokenizer
+from intaglio.models.clip import read_json
+from intaglio.models.pretrained import (
+    Encoders,
+    PretrainedText,
+    PretrainedVision,
+    QuestionTokenizer,
+    need_transformers,
+    open_encoders,
+)
 from intaglio.nn.bottleneck import Bottleneck, GatedCross, Latents
 from intaglio.nn.transformer import CachedDecoding, CaptionDecoder, TextEncoder, token_embedding
 from intaglio.nn.vision import VisionEncoder
@@ -29,14 +39,33 @@ SCORED = 8192
 
 
 class VqaNetwork(nn.Module):
-    """Image and question → q(z); z → answer. The decoder sees nothing but z."""
+    """Image and question → q(z); z → answer. The decoder sees nothing but z.
 
-    def __init__(self, m: VqaModelConfig, image_size: int, lengths: Sequence[int], vocabulary: int):
+    ``encoders`` describes those of transformers folders, by their names here.
+    """
+
+    vision: VisionEncoder | PretrainedVision
+    question: TextEncoder | PretrainedText
+
+    def __init__(
+        self,
+        m: VqaModelConfig,
+        image_size: int,
+        lengths: Sequence[int],
+        vocabulary: int,
+        encoders: Mapping[str, Any],
+    ):
         super().__init__()
-        self.vision = VisionEncoder(image_size, m.width, m.vision_layers, m.heads)
         shape = (m.heads, 4 * m.width, 0.0)
-        self.question = TextEncoder(token_embedding(vocabulary, m.width), lengths[0], m.question_layers, *shape)
-        self.fusion = nn.ModuleList(GatedCross(m.width, m.heads) for _ in range(m.fusion_layers))
+        if "vision" in encoders:
+            self.vision = PretrainedVision(encoders["vision"], image_size, m.width, m.train_vision)
+        else:
+            self.vision = VisionEncoder(image_size, m.width, m.vision_layers, m.heads)
+        if "question" in encoders:
+            self.question = PretrainedText(encoders["question"], m.width, m.train_question)
+        else:
+            self.question = TextEncoder(token_embedding(vocabulary, m.width), lengths[0], m.question_layers, *shape)
+        self.fusion = nn.ModuleList(GatedCross(m.width, m.heads, m.gate) for _ in range(m.fusion_layers))
         self.bottleneck = Bottleneck(m.width, m.reasoning_layers, m.heads, m.latents, m.dims, m.bottleneck)
         self.answer = CaptionDecoder(token_embedding(vocabulary, m.width), lengths[1], m.answer_layers, *shape)
 
@@ -64,20 +93,48 @@ class Answered(NamedTuple):
 class VqaModel(nn.Module, PyTorchModelHubMixin, library_name="intaglio", license="apache-2.0"):
     """A network with its tokenizer, and the answers that it has been taught.
 
-    ``save_pretrained(folder)`` writes ``model.safetensors``, ``config.json``, ``tokenizer.json`` and ``answers.json``.
+    ``save_pretrained(folder)`` writes ``model.safetensors``, ``config.json``, ``tokenizer.json`` and ``answers.json``;
+    and ``question/``, the tokenizer of questions, where they have one of their own. ``encoders`` is what the folders of
+    the configuration hold, and is read from them where it is not given.
     """
 
-    def __init__(self, model: dict[str, Any], image_size: int, question_lengths: Sequence[int], vocabulary: int):
+    def __init__(
+        self,
+        model: dict[str, Any],
+        image_size: int,
+        question_lengths: Sequence[int],
+        vocabulary: int,
+        encoders: dict[str, Any] | None = None,
+    ):
         super().__init__()
-        self.config = VqaModelConfig(**model)
+        told: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in model.items()}
+        self.config = VqaModelConfig(**told)
         self.image_size, self.lengths = image_size, tuple(question_lengths)
-        self.network = VqaNetwork(self.config, image_size, self.lengths, vocabulary)
+        if encoders is None:
+            encoders = open_encoders(self.config, image_size, self.lengths[0]).described
+        self.encoders = encoders
+        self.network = VqaNetwork(self.config, image_size, self.lengths, vocabulary, encoders)
+        self.reader: QuestionTokenizer | None = None
         self.tokenizer: CaptionTokenizer | None = None
         self.known: tuple[str, ...] = ()
 
     @property
     def device(self) -> torch.device:
         return next(self.parameters()).device
+
+    def take(self, encoders: Encoders) -> None:
+        """The weights and the tokenizer that the folders held."""
+        self.reader = encoders.reader
+        for role, weights in encoders.weights.items():
+            getattr(self.network, role).part.load_state_dict(weights)
+
+    def teach(self, config: VqaModelConfig) -> None:
+        """From now on the layers that ``config`` names are trained, of encoders that came from folders."""
+        self.config = config
+        if isinstance(self.network.vision, PretrainedVision):
+            self.network.vision.teach(config.train_vision)
+        if isinstance(self.network.question, PretrainedText):
+            self.network.question.teach(config.train_question)
 
     def see(self, images: Tensor) -> Tensor:
         """uint8 (U, 3, S, S) → places (U, P, D)."""
@@ -119,11 +176,11 @@ class VqaModel(nn.Module, PyTorchModelHubMixin, library_name="intaglio", license
         """
         if not all(q.strip() for q in questions):
             raise ValueError("A question is empty: ask something, such as “what is the largest thing?”.")
-        return torch.from_numpy(self._tokenizer.encode(questions, self.lengths[0]).ids).long().to(self.device)
+        return torch.from_numpy(self._reader.encode(questions, self.lengths[0]).ids).long().to(self.device)
 
     def cut(self, question: str) -> tuple[int, int]:
         """How many of a question's tokens are cut off, and how many the tokenizer has never seen."""
-        whole = self._tokenizer.encode([question], 1 << 20)
+        whole = self._reader.encode([question], 1 << 20)
         return max(0, whole.ids.shape[1] - self.lengths[0]), whole.unknown
 
     @torch.inference_mode()
@@ -165,12 +222,22 @@ class VqaModel(nn.Module, PyTorchModelHubMixin, library_name="intaglio", license
         return self._tokenizer.encode(answers, self.lengths[1]).ids.astype(np.int64)
 
     @property
+    def _reader(self) -> QuestionTokenizer | CaptionTokenizer:
+        """The tokenizer of questions."""
+        assert self.reader is not None or "question" not in self.encoders, "a text model comes with its tokenizer"
+        return self.reader or self._tokenizer
+
+    @property
     def _tokenizer(self) -> CaptionTokenizer:
         assert self.tokenizer is not None, "a model gets its tokenizer before it is used"
         return self.tokenizer
 
     def _save_pretrained(self, save_directory: Path) -> None:
+        assert isinstance(self._hub_mixin_config, dict)
+        self._hub_mixin_config |= {"model": asdict(self.config)}  # a fine-tuned one may train other layers
         super()._save_pretrained(save_directory)
+        if self.reader is not None:
+            self.reader.save(save_directory / "question")
         (save_directory / "tokenizer.json").write_text(self._tokenizer.to_json(), encoding="utf-8")
         told = json.dumps(self.known, ensure_ascii=False)
         (save_directory / "answers.json").write_text(told + "\n", encoding="utf-8")
@@ -179,6 +246,8 @@ class VqaModel(nn.Module, PyTorchModelHubMixin, library_name="intaglio", license
     def _from_pretrained(cls, *, model_id: str, **kwargs: Any) -> "VqaModel":
         model = super()._from_pretrained(model_id=model_id, **{**kwargs, "strict": True})
         model.tokenizer = CaptionTokenizer.load(Path(model_id) / "tokenizer.json")
+        if "question" in model.encoders:
+            model.reader = QuestionTokenizer.load(Path(model_id) / "question")
         model.known = tuple(json.loads((Path(model_id) / "answers.json").read_text(encoding="utf-8")))
         return model.eval()
 
@@ -187,8 +256,10 @@ def open_vqa(folder: Path) -> VqaModel:
     """The model that ``save_pretrained`` wrote.
 
     Raises:
-        ValueError: a file of it is missing, damaged, or of another model.
+        ValueError: a file of it is missing, damaged, or of another model; transformers is not installed, and needed.
     """
+    if read_json(folder / "config.json").get("encoders"):
+        need_transformers(f"the model in {folder}, whose encoders are of transformers,")
     try:
         with redirect_stdout(io.StringIO()):  # huggingface_hub prints, and stdout may be JSON for a script
             return VqaModel.from_pretrained(folder)

@@ -6,6 +6,7 @@ Shapes: B questions, T tokens, P places, K latents of Z numbers, D width.
 from typing import Literal, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from intaglio.nn.transformer import Attention, blocks
@@ -17,23 +18,28 @@ BottleneckKind = Literal["none", "deterministic", "vib"]
 class GatedCross(nn.Module):
     """x + tanh(a)·CrossAttention(x, memory), then x + tanh(b)·FeedForward(x) (Alayrac et al. 2022, section 2.2).
 
-    a and b start at 0, so that the layer does nothing at first.
+    a and b start at ``gate``; at 0 the layer does nothing at first. The feed-forward part is W(GELU(Ux) ⊙ Vx), GEGLU
+    of Shazeer 2020: products join what is asked and what is seen, which sums learn several times as late.
     """
 
-    def __init__(self, width: int, heads: int):
+    def __init__(self, width: int, heads: int, gate: float):
         super().__init__()
         self.norm, self.attention = nn.LayerNorm(width), Attention(width, heads)
         self.feed_norm = nn.LayerNorm(width)
-        self.feed = nn.Sequential(nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width))
-        self.gates = nn.Parameter(torch.zeros(2))
+        self.spread, self.feed = nn.Linear(width, 6 * width), nn.Linear(3 * width, width)
+        self.gates = nn.Parameter(torch.full((2,), gate))
 
     def forward(self, x_BTD: Tensor, memory_UPD: Tensor, which_B: Tensor) -> Tensor:
         """``which`` (B,) is the row of ``memory`` that each question looks at: keys are made once for each image."""
         keys, values = self.attention.keys_values(memory_UPD)
-        looked = self.attention(self.norm(x_BTD), keys[which_B], values[which_B])
         a, b = self.gates.tanh().to(x_BTD.dtype)
-        x_BTD = x_BTD + a * looked
-        return x_BTD + b * self.feed(self.feed_norm(x_BTD))
+        x_BTD = x_BTD + a * self.attention(self.norm(x_BTD), keys[which_B], values[which_B])
+        return x_BTD + b * self.joined(x_BTD)
+
+    def joined(self, x_BTD: Tensor) -> Tensor:
+        """The feed-forward part, without its gate."""
+        passed, value = self.spread(self.feed_norm(x_BTD)).chunk(2, -1)
+        return self.feed(F.gelu(passed) * value)
 
 
 class Latents(NamedTuple):

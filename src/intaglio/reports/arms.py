@@ -24,7 +24,7 @@ BOOKKEEPING = {
 }  # fmt: skip
 PLACES = re.compile(r"(output|log|logging|save|ckpt|checkpoint|cache|results?)_(dir|folder|path)|cache|log_?dir")
 NO_OUTCOME = re.compile(
-    r"(train/(optimizer/rate|weight/.*|speed/.*|text/unreachable_share))"
+    r"(train/(optimizer(\..+)?/rate|weight/.*|speed/.*|text/unreachable_share))"
     r"|(.*[/_. -])?_?(epochs?|steps?|global_step|iterations?|iter|row|runtime|time|timestamp|created_at|wall_time"
     r"|\w+_per_second|lr|learning_rate|batch_size|gpu|memory|best|total_flos|train_runtime)",
     re.IGNORECASE,

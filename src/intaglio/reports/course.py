@@ -80,7 +80,7 @@ def pictures(a: Analysis) -> dict[str, tuple[str, ...]]:
 
 def _group(name: str) -> str:
     site = name.split("/")[1] if name.count("/") >= 2 else ""
-    return next((title for title, sites in GROUPS.items() if site in sites), REST)
+    return next((title for title, sites in GROUPS.items() if site.partition(".")[0] in sites), REST)
 
 
 def _figure(a: Analysis, title: str, names: tuple[str, ...], most: int, limits: Mapping[str, Limits]) -> str:
@@ -294,7 +294,7 @@ def rate(a: Analysis) -> str:
 
 def rate_lines(a: Analysis) -> list[str]:
     """A sentence for each learning rate that was logged."""
-    rates = {n: d.family for n, d in a.descriptions.items() if fnmatchcase(n, "*/optimizer/rate*")}
+    rates = {n: d.family for n, d in a.descriptions.items() if fnmatchcase(n, "*/optimizer*/rate*")}
     return [f"{name}: {family.said if family else 'follows no known family'}" for name, family in rates.items()]
 
 

@@ -121,6 +121,8 @@ def titled(name: str) -> str:
         return f"{words} loss"
     if site in ("optimizer", "logged"):
         return {"rate": "learning rate"}.get(last, words)
+    if site.startswith("optimizer.") and last == "rate":
+        return f"learning rate of {site.removeprefix('optimizer.').replace('.', ', ').replace('_', ' ')}"
     return f"{site} {words}"
 
 

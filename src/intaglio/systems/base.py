@@ -13,7 +13,7 @@ from intaglio.config import Config
 from intaglio.history import Measured
 from intaglio.objectives import Term
 from intaglio.objectives.distributed import processes, rank
-from intaglio.systems.optimizers import configure, parameter_groups
+from intaglio.systems.optimizers import applied_rates, configure, parameter_groups
 
 
 class NonFiniteStep(RuntimeError):
@@ -37,7 +37,7 @@ class System(L.LightningModule):
         self.built_for: dict[str, dict[str, int]] = {}  # sizes of the model beside those of its data, for the audits
         self.terms: dict[str, Term] = {}
         self.weights: dict[str, float] = {}
-        self.rate = 0.0
+        self.rates: dict[str, float] = {}
         self.total = torch.tensor(torch.nan)
         self.gradient_norm = torch.tensor(torch.nan)
 
@@ -141,7 +141,7 @@ class System(L.LightningModule):
 
     def configure_gradient_clipping(self, optimizer: torch.optim.Optimizer, *args: Any, **kwargs: Any) -> None:
         """Clips to ``optim.clip`` and stops before a non-finite gradient reaches the weights."""
-        self.rate = optimizer.param_groups[0]["lr"]
+        self.rates = applied_rates(optimizer.param_groups)
         parameters = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
         self.gradient_norm = nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
         if not torch.isfinite(self.gradient_norm):

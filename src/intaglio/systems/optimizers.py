@@ -1,5 +1,6 @@
 """Parameter groups, optimizer and schedule, as every system uses them."""
 
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -49,10 +50,25 @@ def configure(groups: list[dict[str, Any]], config: OptimConfig, steps: int, bf1
     return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
 
-def describe_groups(groups: list[dict[str, Any]], rate: float) -> list[str]:
-    """A line for each group: tensors, parameters, rate, decay."""
+def applied_rates(groups: Sequence[Mapping[str, Any]]) -> dict[str, float]:
+    """The rate of every group now, by site: one where they are all alike.
+
+    Groups of a part with a rate of its own are ``optimizer.<part>``, the others ``optimizer``; one that has not the
+    rate of those before it stands by itself, under its whole name.
+    """
+    found: dict[str, float] = {}
+    for g in groups:
+        part, _, kind = g["name"].rpartition(": ")
+        site = f"optimizer.{part}" if part else "optimizer"
+        if found.setdefault(site, g["lr"]) != g["lr"]:
+            found[f"{site}.{kind.replace(',', '').replace(' ', '_')}"] = g["lr"]
+    return found
+
+
+def describe_groups(groups: Sequence[Mapping[str, Any]]) -> list[str]:
+    """A line for each group: tensors, parameters, rate before the schedule, decay."""
     return [
         f"{g['name']}: {sum(p.numel() for p in g['params']):,} parameters in {len(g['params'])} tensors, "
-        f"rate {rate:g}, decay {g['weight_decay']:g}"
+        f"rate {g['initial_lr']:g}, decay {g['weight_decay']:g}"
         for g in groups
     ]

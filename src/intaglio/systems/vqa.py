@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from intaglio.config import VqaConfig, to_dict
-from intaglio.config.stages import PARTS, Stage, at, parse
+from intaglio.config.stages import PARTS, Stage, at, held_back, parse
 from intaglio.data import order
 from intaglio.data.questions.corpus import normal, token_f1
 from intaglio.data.questions.prepare import Questioned
@@ -23,6 +23,7 @@ from intaglio.health.trials import cost_of_exchange
 from intaglio.history import Measured, Reading
 from intaglio.history.reading import ratio
 from intaglio.models.nulls import answers_by_kind
+from intaglio.models.pretrained import Encoders
 from intaglio.models.vqa import VqaModel
 from intaglio.nn.bottleneck import Latents
 from intaglio.nn.transformer import CachedDecoding
@@ -49,12 +50,18 @@ class VqaSystem(System):
         super().__init__(config, steps)
         self.model, self._nulls = model, dict(nulls)
         self.stages = parse(config.stages, steps)
+        self.ramp_from = held_back(self.stages, "kl")
         self.ties = torch.tensor(torch.nan)
 
     def loss_terms(self, batch: QuestionBatch) -> dict[str, Term]:
+        return self._terms(batch, self._encoded(batch))
+
+    def _encoded(self, batch: QuestionBatch) -> Latents:
+        return self.model.network.latents(self.model.see(batch.images), batch.which, batch.questions)
+
+    def _terms(self, batch: QuestionBatch, q: Latents) -> dict[str, Term]:
         w, network, model = self.config.loss, self.model.network, self.config.model
         off = self.stage().without if self.training else ()
-        q = network.latents(self.model.see(batch.images), batch.which, batch.questions)
         temperature = model.temperature if self.training else model.held_out_temperature
         z = self.model.draw(q, self.noise_like(q.mean), temperature)
         nats = token_nats(network.logits(z, batch.answers[:, :-1]), batch.answers[:, 1:], PAD).sum(1)
@@ -71,8 +78,10 @@ class VqaSystem(System):
         return {name: term for name, term in terms.items() if name not in off}
 
     def ramp(self) -> float:
-        """Share of β that is charged: linear over ``loss.ramp`` optimizer steps, in training and measuring alike."""
-        return min(1.0, (self.global_step + 1) / self.config.loss.ramp) if self.config.loss.ramp else 1.0
+        """Share of β that is charged: linear over ``loss.ramp`` optimizer steps, from the first that has the term, in
+        training and measuring alike."""
+        risen = max(0, self.global_step + 1 - self.ramp_from)
+        return min(1.0, risen / self.config.loss.ramp) if self.config.loss.ramp else 1.0
 
     def stage(self) -> Stage:
         """What is held back in the optimizer step that comes now."""
@@ -109,7 +118,7 @@ class VqaSystem(System):
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
         super().on_train_batch_start(batch, batch_idx)
         frozen = self.stage().freeze
-        for part in PARTS:
+        for part in PARTS:  # of an encoder from a folder that frees the layers which the recipe names
             getattr(self.model.network, part).requires_grad_(part not in frozen)
 
     @property
@@ -119,7 +128,7 @@ class VqaSystem(System):
     @property
     def patient_from(self) -> int:
         """The step from which on a look without progress counts: behind the last stage, and the ramp."""
-        return max([self.config.loss.ramp, *(stage.until for stage in self.stages)])
+        return max([self.ramp_from + self.config.loss.ramp, *(stage.until for stage in self.stages)])
 
     def configure_optimizers(self) -> Any:
         o = self.config.optim
@@ -139,10 +148,9 @@ class VqaSystem(System):
 
     def measure(self, batch: QuestionBatch) -> dict[str, tuple[Tensor, Tensor]]:
         """Sums over held-out questions: each term, and the answers that are not exactly right when written freely."""
-        questions = torch.tensor(float(len(batch.which)))
-        terms = self.loss_terms(batch)
+        questions, q = torch.tensor(float(len(batch.which))), self._encoded(batch)
+        terms = self._terms(batch, q)
         sums = {f"loss/{name}": (term.value * questions.to(term.value), questions) for name, term in terms.items()}
-        q = self.model.network.latents(self.model.see(batch.images), batch.which, batch.questions)
         given, truths = self.model.answers(q.mean).answers, self.model.texts(batch.answers)
         wrong = sum(normal(a) != normal(b) for a, b in zip(given, truths, strict=True))
         return sums | {"loss/wrong": (torch.tensor(float(wrong)), questions)}
@@ -234,12 +242,18 @@ def null_readings(config: VqaConfig, prepared: Questioned) -> dict[str, float]:
     return {"loss/answer": null.nats, "loss/wrong": 1 - null.accuracy}
 
 
-def build(config: VqaConfig, prepared: Questioned, model: VqaModel | None = None) -> VqaSystem:
-    """The system with fresh weights from the seed, or around a trained ``model``."""
-    if model is None:
+def build(
+    config: VqaConfig, prepared: Questioned, model: VqaModel | None = None, encoders: Encoders | None = None
+) -> VqaSystem:
+    """The system with fresh weights from the seed around ``encoders``, or around a trained ``model``."""
+    if model is not None:
+        model.teach(config.model)
+    else:
         torch.manual_seed(config.seed)
+        encoders = encoders or Encoders()
         sizes = (config.data.image_size, prepared.lengths, len(prepared.tokenizer))
-        model = VqaModel(to_dict(config)["model"], *sizes)
+        model = VqaModel(to_dict(config)["model"], *sizes, encoders.described)
+        model.take(encoders)
         model.tokenizer = prepared.tokenizer
         model.known = known_answers(prepared)
     assert config.train.steps is not None, "steps are resolved before a system is built"

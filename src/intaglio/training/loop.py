@@ -144,7 +144,7 @@ class AfterStep(L.Callback):
             zip([*(f"train/loss/{name}" for name in system.terms), "train/loss/total"], values.tolist(), strict=True)
         )
         rows |= {f"train/weight/{name}": float(t.weight) for name, t in system.terms.items()}
-        rows["train/optimizer/rate"] = system.rate
+        rows |= {f"train/{site}/rate": rate for site, rate in system.rates.items()}
         rows["train/optimizer/gradient_norm"] = float(system.gradient_norm)
         micro = (step - first) * self.config.train.accumulate
         rows["train/speed/items_per_second"] = micro * self.config.train.batch_size / elapsed

@@ -175,7 +175,7 @@ def _fit(
     system = kind.build(prepared, model)
     if alter is not None:
         alter(system)
-    for line in describe_groups(system.configure_optimizers()["optimizer"].param_groups, config.optim.rate):
+    for line in describe_groups(system.configure_optimizers()["optimizer"].param_groups):
         say(line)
     begun = time.monotonic()
     done = int(checkpoint.read(source)["global_step"]) if source else 0

@@ -34,9 +34,17 @@ class VqaModelConfig:
     Args:
         width: of all Transformer blocks.
         heads: attention heads.
-        vision_layers: Transformer blocks over the image's places.
-        question_layers: Transformer blocks over the question's tokens.
-        fusion_layers: layers in which the question looks at the image, behind gates that start at 0.
+        vision: folder of a `transformers` vision model (DINOv2, ViT, a CLIP), which sees ``data.image_size`` as it is;
+            empty for the built-in encoder.
+        question: folder of a `transformers` text model (BERT, the encoder of BART or T5) with its tokenizer; empty for
+            the built-in encoder.
+        train_vision: layers of that vision model which are trained, from 0, or from -1, the last; or ``all``. The rest
+            of it stands still, and a linear layer behind it learns.
+        train_question: the same of the text model.
+        vision_layers: Transformer blocks over the image's places, of the built-in encoder.
+        question_layers: Transformer blocks over the question's tokens, of the built-in encoder.
+        fusion_layers: layers in which the question looks at the image, behind gates.
+        gate: where these gates start; 0 spares encoders that have learnt elsewhere (Flamingo), and delays all others.
         reasoning_layers: Transformer blocks in which the latents read the fused question.
         answer_layers: Transformer blocks of the decoder, which sees the latents alone.
         bottleneck: ``vib`` (each latent a Gaussian), ``deterministic`` (its mean, as narrow), ``none`` (as wide as the
@@ -50,9 +58,14 @@ class VqaModelConfig:
 
     width: int = 128
     heads: int = 4
+    vision: str = ""
+    question: str = ""
+    train_vision: tuple[int, ...] | Literal["all"] = ()
+    train_question: tuple[int, ...] | Literal["all"] = ()
     vision_layers: int = 3
     question_layers: int = 2
     fusion_layers: int = 2
+    gate: float = 1.0
     reasoning_layers: int = 2
     answer_layers: int = 2
     bottleneck: Literal["none", "deterministic", "vib"] = "vib"
@@ -71,7 +84,7 @@ class VqaLossConfig:
         answer: cross-entropy, nats of an answer.
         kl: β, of KL(q(z) || N(0, I)) in nats of an item, summed over all latents and numbers: ELBO units.
         floor: free bits λ: a latent pays max(λ, its KL), nats, the KL a mean over the minibatch.
-        ramp: optimizer steps over which β rises from 0.
+        ramp: optimizer steps over which β rises from 0, behind the stages that are without ``kl``.
         orthogonality: squared cosine between the latents of an item.
         preference: a likelier right answer than wrong one, among ``candidates`` that the model itself has drawn.
         candidates: answers drawn for each question of a batch by ``preference``.

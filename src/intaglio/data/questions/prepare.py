@@ -3,7 +3,7 @@
 from collections import Counter
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -20,6 +20,16 @@ from intaglio.data.splits import split
 from intaglio.data.tokenizer import CaptionTokenizer, Encoded
 
 BUILT_IN_IMAGES = 6_000
+
+
+class Reader(Protocol):
+    """Texts to ids of somebody else's, 0 where there is none."""
+
+    def encode(self, texts: Sequence[str], length: int) -> Encoded:
+        """Ids (N, L), cut to ``length``."""
+
+    def fingerprint(self) -> str:
+        """Hex digest of all that the ids depend on."""
 
 
 @dataclass(frozen=True)
@@ -80,16 +90,22 @@ def prepare_questions(
     tokenizer: CaptionTokenizer | None = None,
     lengths: tuple[int, int] | None = None,
     progress: Progress | None = None,
+    reader: Reader | None = None,
 ) -> Questioned:
-    """Reads, splits and encodes. A run that goes on gives its own ``tokenizer`` and ``lengths``."""
+    """Reads, splits and encodes. A run that goes on gives its own ``tokenizer`` and ``lengths``.
+
+    Questions are those of the ``reader`` where there is one; the tokenizer is then of the answers alone.
+    """
     corpus = open_questions(config, seed, progress)
     sides, torn = split_questions(corpus, config.held_out, seed)
     asked = corpus.asked
     learnt = [asked[i] for i in sides["train"]]
     if tokenizer is None:
-        tokenizer = CaptionTokenizer.train((t for a in learnt for t in (a.question, *a.answers)), vocabulary)
+        tokenizer = CaptionTokenizer.train(
+            (t for a in learnt for t in (a.question, *a.answers)[bool(reader) :]), vocabulary
+        )
     most = lengths or (config.question_length, config.answer_length)
-    questions = tokenizer.encode([a.question for a in asked], most[0])
+    questions = (reader or tokenizer).encode([a.question for a in asked], most[0])
     answers = tokenizer.encode([answer for a in asked for answer in a.answers], most[1])
     first = np.concatenate([[0], np.cumsum([len(a.answers) for a in asked])])
     images, image = _pixels(corpus.images, config, progress), np.array([a.image for a in asked])
@@ -113,19 +129,24 @@ def prepare_questions(
         "different answers": len(known),
     }
     held_out = [asked[i] for side in sides if side != "train" for i in sides[side]]
-    record["warnings"] = [*_lost(questions, answers, most), *_beyond(held_out, known)]
-    digest = fingerprint(corpus, sides, tokenizer.to_json())
+    record["warnings"] = [*_lost(questions, answers, most, reader is not None), *_beyond(held_out, known)]
+    digest = fingerprint(corpus, sides, tokenizer.to_json() + (reader.fingerprint() if reader else ""))
     sizes = lengths or (questions.ids.shape[1], answers.ids.shape[1])
     return Questioned(corpus, data, sides, digest, record, tokenizer, sizes)
 
 
-def _lost(questions: Encoded, answers: Encoded, most: tuple[int, int]) -> Iterator[str]:
-    """What the encoding lost."""
+def _lost(questions: Encoded, answers: Encoded, most: tuple[int, int], foreign: bool) -> Iterator[str]:
+    """What the encoding lost; ``foreign`` questions have a tokenizer that did not learn from them."""
     for name, texts, length in (("question", questions, most[0]), ("answer", answers, most[1])):
         if texts.truncated:
             yield f"{texts.truncated} of {len(texts.ids)} {name}s cut to {length} tokens; raise --data.{name}_length"
         if texts.unknown:
-            yield f"{texts.unknown} pieces of {name}s never occur in training and cannot be told apart"
+            why = (
+                "are unknown to the tokenizer of model.question"
+                if foreign and texts is questions
+                else "never occur in training"
+            )
+            yield f"{texts.unknown} pieces of {name}s {why} and cannot be told apart"
 
 
 def _beyond(held_out: Sequence[Asked], known: Collection[str]) -> Iterator[str]:

@@ -1,6 +1,7 @@
 """Visual question answering before it is trained."""
 
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -14,6 +15,7 @@ from intaglio.health.checks.base import SAMPLE_IMAGES, Subject
 from intaglio.health.finding import Finding, remedies
 from intaglio.health.rules.static import DataFacts, QuestionFacts
 from intaglio.models.cost import parameter_counts
+from intaglio.models.pretrained import QuestionTokenizer
 from intaglio.models.vqa import VqaModel
 from intaglio.systems.vqa import VqaSystem
 
@@ -50,11 +52,12 @@ class VqaSubject(Subject):
             sides, _ = split_questions(corpus, data.held_out, self.config.seed)
         except ValueError as error:
             return [Finding("data-unusable", "fail", str(error), {}, remedies("name the folder: --data.source FOLDER"))]
-        learnt = [corpus.asked[i] for i in sides["train"]]
+        folder, learnt = self.config.model.question, [corpus.asked[i] for i in sides["train"]]
+        reader = QuestionTokenizer.of(Path(folder)) if folder else None
         tokenizer = CaptionTokenizer.train(
-            (t for a in learnt for t in (a.question, *a.answers)), self.config.model.vocabulary
+            (t for a in learnt for t in (a.question, *a.answers)[bool(reader) :]), self.config.model.vocabulary
         )
-        questions = tokenizer.encode([a.question for a in corpus.asked], data.question_length)
+        questions = (reader or tokenizer).encode([a.question for a in corpus.asked], data.question_length)
         answers = tokenizer.encode([a.answers[0] for a in corpus.asked], data.answer_length)
         _, counts = np.unique([a.answers[0] for a in learnt], return_counts=True)
         share = counts / counts.sum()

@@ -160,12 +160,16 @@ def kl_parked(record: Record, limits: Limits) -> Iterator[Finding | NotMeasured]
 def rate_too_high(record: Record, limits: Limits) -> Iterator[Finding | NotMeasured]:
     """Far more nats in the latent than what is decoded has entropy.
 
-    Seen by KL per item beside the entropy of the answers, H(answer).
+    Seen by KL per item beside the entropy of the answers, H(answer), once a ramp of the KL's weight is over.
+
+    ``patient_from``: the step up to which ramps and stages last.
     """
     for name, s in record.matching("val/*/target_entropy").items():
         kl = record.get(f"val/{name.split('/')[1]}/kl_nats")
         if kl is None:
             yield NotMeasured(f"{name} stands without kl_nats")
+        elif record.running and record.last_step < record.facts.get("patient_from", 0):
+            yield NotMeasured(f"{name}: the weight of the KL still rises")
         elif kl.value > limits["times"] * s.value:
             yield Finding(
                 "rate-too-high",

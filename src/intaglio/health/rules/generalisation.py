@@ -249,13 +249,15 @@ def overfitting(record: Record, limits: Limits) -> Iterator[Finding | NotMeasure
 def other_scale(train: Series, val: Series, times: float = 5.0) -> bool:
     """Whether two losses of one name can not be one quantity.
 
-    The held-out one starts far above training's, which nothing learnt explains, or is far below it all along.
+    The held-out one starts far above training's, which nothing learnt explains, or is far below it all along. Where
+    training's has come close to 0 beside the null, a ratio says nothing.
     """
     size = float(np.median(np.abs(train.values[: max(1, len(train) // 100)])))
     begins = float(np.median(np.abs(val.values[: max(1, len(val) // 20)])))
     ends = abs(float(np.median(val.values[-max(1, len(val) // 5) :])))
     late = abs(float(np.median(train.values[-max(1, len(train) // 5) :])))
-    return begins > times * size or (begins < size / times and ends < late / times)
+    solved = val.null is not None and late < 0.05 * val.null
+    return begins > times * size or (begins < size / times and ends < late / times and not solved)
 
 
 def _worse_accuracy(record: Record) -> bool | None:

@@ -54,7 +54,7 @@ def term_inert(record: Record, limits: Limits) -> Iterator[Finding]:
     case="J: relational at six times the rest",
     needs=("train/term.*/gradient_share",),
     log="the gradient norm of each term as train/term.NAME/gradient_share",
-    limits={"share": 0.95, "aside": 0.8, "opposed": 0.8, "cosine": -0.5},
+    limits={"share": 0.95, "aside": 0.8, "opposed": 0.8, "cosine": -0.5, "done": 0.05},
 )
 def term_dominates(record: Record, limits: Limits) -> Iterator[Finding]:
     """One loss term's gradient dwarfs or opposes all others.
@@ -62,12 +62,14 @@ def term_dominates(record: Record, limits: Limits) -> Iterator[Finding]:
     Seen by its share of the summed gradient norms, weights applied, and its cosine with the sum of the others, on the
     parameters that they share; an equal share is 1 / number of terms. A term that stands beside the objective, as one
     of relations, invariance or codes, or a KL, is to stay below it, so that one objective among such terms alone is not
-    judged.
+    judged. Nor is what is left when the others have come close to 0 beside their nulls on held-out items.
     """
     shares = record.matching("train/term.*/gradient_share")
     rivals = [name for name in shares if not any(word in name for word in ("kl", *ASIDE))]
     for name, s in shares.items():
-        if len(shares) < 2 or [name] == rivals:
+        others = [other for other in rivals if other != name]
+        done = bool(others) and all(_done(record, other, limits["done"]) for other in others)
+        if len(shares) < 2 or [name] == rivals or done:
             continue
         term, late = name.split("/")[1].removeprefix("term."), s.values[len(s) // 2 :]
         cosine = record.get(f"train/term.{term}/gradient_cosine")
@@ -174,6 +176,12 @@ def stopped_in_ramp(record: Record, limits: Limits) -> Iterator[Finding | NotMea
                 (Remedy("choose by a term without a moving weight: --train.monitor val/loss/reconstruction"),),
                 step=end,
             )
+
+
+def _done(record: Record, name: str, share: float) -> bool:
+    """Whether the held-out loss of a term is but a small share of its null."""
+    s = record.get(f"val/loss/{name.split('/')[1].removeprefix('term.')}")
+    return s is not None and s.null is not None and 0 <= s.value < share * s.null
 
 
 def terms(record: Record) -> dict[str, Series]:

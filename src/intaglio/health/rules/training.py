@@ -1,6 +1,7 @@
 """Any training: what a history of numbers shows of it. No torch."""
 
 from collections.abc import Iterator, Mapping
+from typing import Any
 
 import numpy as np
 from numpy.lib.stride_tricks import sliding_window_view
@@ -146,7 +147,7 @@ def diverged(record: Record, limits: Limits) -> Iterator[Finding | NotMeasured]:
                 {"best": then, "now": now, "noise": noise},
                 (
                     Remedy("go back to the best checkpoint and halve the rate: --optim.rate", 500),
-                    Remedy("clip the gradient: --optim.clip 1.0", 500),
+                    _clip(record),
                 ),
                 candidates=("the rate is too high: halve it", "one batch did it: look at the items of that step"),
                 step=step,
@@ -154,10 +155,10 @@ def diverged(record: Record, limits: Limits) -> Iterator[Finding | NotMeasured]:
     if not looked:
         yield NotMeasured(f"fewer than {FEWEST} rows of any loss under weights that stay as they are")
     elif not given_up and not queued:
-        yield from _lost(mains(record))
+        yield from _lost(mains(record), record)
 
 
-def _lost(curves: Mapping[str, Series]) -> Iterator[Finding]:
+def _lost(curves: Mapping[str, Series], record: Record) -> Iterator[Finding]:
     """A stretch in which training gave up what it had gained and did not come back, or with which it ends."""
     stretches = {name: course.lost(s) for name, s in curves.items()}
     for name, x in stretches.items():
@@ -174,7 +175,7 @@ def _lost(curves: Mapping[str, Series]) -> Iterator[Finding]:
             {"best": x.best, "peak": x.peak, "now": x.now, "rows": x.rows},
             (
                 Remedy("take the checkpoint before it, and halve the rate: --optim.rate", 500),
-                Remedy("clip the gradient: --optim.clip 1.0", 500),
+                _clip(record),
             ),
             candidates=("the rate is too high for where it is: halve it", "one batch did it: look at its items"),
             step=x.first,
@@ -216,53 +217,74 @@ def spike(record: Record, limits: Limits) -> Iterator[Finding | NotMeasured]:
                 f"{name} jumped to {s.values[worst]:.4g} at step {int(s.steps[worst]):,}, where {middle[worst]:.4g} is "
                 f"usual, and came back; {int(high.sum())} such rows.",
                 {"value": float(s.values[worst]), "usual": float(middle[worst]), "rows": int(high.sum())},
-                (Remedy("clip the gradient: --optim.clip 1.0", 500), Remedy("a longer --optim.warmup", 500)),
+                (_clip(record), Remedy("a longer --optim.warmup", 500)),
                 step=int(s.steps[worst]),
             )
+
+
+def _clip(record: Record) -> Remedy:
+    """Clipping, or half of what there is of it."""
+    now = (record.config.get("optim") or {}).get("clip") or 0
+    return Remedy(
+        "clip the gradient harder: lower --optim.clip" if 0 < now <= 1 else "clip the gradient: --optim.clip 1.0", 500
+    )
+
+
+RATES = ("train/optimizer/rate", "train/optimizer.*/rate")
 
 
 @rule(
     id="learning-rate-off",
     source="Loshchilov & Hutter 2017, eq. 5",
     case="D ended at 53 % of its peak; V: decoder at ten times; E: “exponential” that was cosine",
-    needs=("train/optimizer/rate",),
-    log="the rate of the optimizer's first group as train/optimizer/rate",
+    needs=RATES,
+    log="the optimizer's rate as train/optimizer/rate, that of a part with its own as train/optimizer.PART/rate",
     limits={"relative": 0.01},
 )
 def learning_rate_off(record: Record, limits: Limits) -> Iterator[Finding | NotMeasured]:
     """The applied rate is not the configured one.
 
-    Seen by each logged rate, which is read from the optimizer, against the configured schedule at that optimizer step.
+    Seen by each logged rate, which is read from the optimizer, against the configured schedule at that optimizer step,
+    times the factor of its part where it has one.
     """
-    optim, s = record.config.get("optim"), record.series["train/optimizer/rate"]
+    optim, logged = record.config.get("optim"), record.matching(*RATES)
     if optim is None or record.steps is None:
-        yield from _no_rate(finite(s))
+        for s in logged.values():
+            yield from _no_rate(finite(s))
         yield NotMeasured("there is no configured schedule to hold it against")
         return
-    from intaglio.objectives.schedules import warmup_constant, warmup_cosine
-
-    rate, warmup = optim["rate"], optim["warmup"]
-    if optim["schedule"] == "constant":
-        due = np.array([rate * warmup_constant(int(k) - 1, warmup) for k in s.steps])
-    else:
-        floor = optim["floor"] / rate
-        due = np.array([rate * warmup_cosine(int(k) - 1, record.steps, warmup, floor) for k in s.steps])
-    off = np.abs(s.values - due) / np.maximum(due, 1e-3 * rate)
-    if off.max() > limits["relative"]:
-        worst = int(off.argmax())
+    factors, found = record.config.get("rates") or {}, []
+    for name, s in logged.items():
+        group = name.split("/")[1].partition(".")[2]
+        due = factors.get(group.partition(".")[0], 1.0) * _due(optim, record.steps, s.steps)
+        off = np.abs(s.values - due) / np.maximum(due, 1e-3 * optim["rate"])
+        k = int(off.argmax())
+        found.append((float(off[k]), group.replace(".", ": ").replace("_", " "), int(s.steps[k]), s.values[k], due[k]))
+    worst, group, step, applied, configured = max(found)
+    if worst > limits["relative"]:
         yield Finding(
             "learning-rate-off",
             "fail",
-            f"At step {int(s.steps[worst]):,} the rate was {s.values[worst]:.3g}; the configuration asks for "
-            f"{due[worst]:.3g}.",
-            {"applied": float(s.values[worst]), "configured": float(due[worst])},
+            f"At step {step:,} the rate{f' of {group}' if group else ''} was {applied:.3g}; the configuration asks for "
+            f"{configured:.3g}.",
+            {"applied": float(applied), "configured": float(configured)},
             candidates=(
                 "a group has a factor of its own: compare the rates of all groups",
                 "micro-batches are counted as steps: compare steps with optimizer.step() calls",
                 "the schedule was built for another number of steps: compare --train.steps with its total",
             ),
-            step=int(s.steps[worst]),
+            step=step,
         )
+
+
+def _due(optim: Mapping[str, Any], total: int, steps: np.ndarray) -> np.ndarray:
+    """The configured rate at each of the optimizer steps."""
+    from intaglio.objectives.schedules import warmup_constant, warmup_cosine
+
+    rate, warmup = optim["rate"], optim["warmup"]
+    if optim["schedule"] == "constant":
+        return np.array([rate * warmup_constant(int(k) - 1, warmup) for k in steps])
+    return np.array([rate * warmup_cosine(int(k) - 1, total, warmup, optim["floor"] / rate) for k in steps])
 
 
 def _no_rate(s: Series) -> Iterator[Finding]:

@@ -3,7 +3,7 @@
 import math
 
 from intaglio.config import VqaConfig
-from intaglio.config.stages import PARTS, parse
+from intaglio.config.stages import PARTS, held_back, parse
 from intaglio.health.finding import Finding
 from intaglio.health.rules.static.facts import Facts, found
 
@@ -68,9 +68,9 @@ def stage_that_never_ends(facts: Facts[VqaConfig]) -> list[Finding]:
     if facts.steps is None:
         return []
     stages = parse(facts.config.stages, facts.steps)
-    ramp = facts.config.loss.ramp if facts.config.model.bottleneck == "vib" else 0
-    ends = {"the ramp of KL": ramp, "the last stage": stages[-1].until if stages else 0}
-    late = {name: end for name, end in ends.items() if end >= facts.steps}
+    ramp = held_back(stages, "kl") + facts.config.loss.ramp if facts.config.model.bottleneck == "vib" else 0
+    ends = {"the last stage": stages[-1].until if stages else 0, "the ramp of KL": ramp}
+    late = [(name, end) for name, end in ends.items() if end >= facts.steps][:1]  # the ramp may wait for the stage
     grows = stages and isinstance(facts.config.stages[-1]["until"], float)  # a share of however many steps
     return [
         found(
@@ -80,7 +80,7 @@ def stage_that_never_ends(facts: Facts[VqaConfig]) -> list[Finding]:
             {"end": end, "steps": facts.steps},
             () if grows and name == "the last stage" else (f"--train.steps {math.ceil(1.5 * end)}",),
         )
-        for name, end in late.items()
+        for name, end in late
     ]
 
 
