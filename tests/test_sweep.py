@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 import pytest
 from conftest import start
+from PIL import Image
 from scipy import stats
 from test_comparison import arm as arm_of
 
@@ -106,6 +107,7 @@ def test_sweeps_that_come_with_the_package_can_be_trained(name: str) -> None:
         (f"{ARMS}\nseeds: [-1]", "the seed -1 is not a whole number"),
         (f"{ARMS}\nmetrics: {{x: hihger}}", "Did you mean higher?"),
         (f"{ARMS}\nmetrics: [val/generated/rule]", "does not tell which way is better"),
+        (f"{ARMS}\nmetrics: [val/loss/a]\ntrade: [val/loss/a, x]", "write two of the metrics"),
         (f"{ARMS}\nname: ../x", "it becomes a folder"),
         ("grid: {optim.rate: 1}", "give a list of values"),
         ("grid: {optim.rate: [1, 1]}", "would stand twice"),
@@ -295,6 +297,7 @@ def test_each_arm_is_compared_at_a_share_of_the_level(tmp_path: Path) -> None:
     text = f"""
 question: Which?
 metrics: {{{R2}: higher, {PSNR}: higher, val/loss/total: lower}}
+trade: [{PSNR}, {R2}]
 arms:
   base:
   better: {{optim.rate: 0.01}}
@@ -336,6 +339,9 @@ arms:
     assert [a["verdict"] for a in written["arms"]][:2] == ["not compared", better.verdict]
     assert written["arms"][1]["values"][R2]["seeds"].keys() == {"0", "1", "2"}
     assert "| better | optim.rate 0.003 → 0.01 | 3 of 3 |" in markdown_document(found)
+    with Image.open(tmp_path / "runs/trade.png") as drawn:  # `same`, without the one metric, is a line
+        assert drawn.size == (1200, 750)
+    assert "One metric against another" in (tmp_path / "runs/index.html").read_text()
 
 
 class Tags(HTMLParser):

@@ -10,6 +10,7 @@ from intaglio.bench import Result
 from intaglio.history.run_folder import RunFolder
 
 RESOLVED = {f"train.{key}" for key in ("device", "precision", "validate_every", "checkpoint_every", "epochs")}
+RESOLVED |= {"data.question_length", "data.answer_length"}
 """What a run's configuration says more exactly than its recipe."""
 
 Readings = dict[str, dict[str, Any]]

@@ -4,6 +4,7 @@
     question: What does the codebook cost?    # one sentence; optional
     seeds: [0, 1, 2]
     metrics: {val/generated/top1: higher}     # what decides; without it, the held-out loss
+    trade: [val/a/x, val/a/y]                 # two of them, of which a picture shows one against the other; optional
     common: {train.steps: 1000}               # overrides of all arms
     arms:                                     # the first one is the baseline
       vq: {}
@@ -29,7 +30,7 @@ import yaml
 from intaglio import config as configuration
 from intaglio.config.settings import Config
 
-KEYS = ("name", "recipe", "question", "seeds", "metrics", "common", "arms", "grid")
+KEYS = ("name", "recipe", "question", "seeds", "metrics", "trade", "common", "arms", "grid")
 SEEDS = (0, 1, 2)
 WAYS = {"higher": 1, "lower": -1}
 RESERVED = {
@@ -49,8 +50,8 @@ class Sweep:
     """Arms by name, each with its overrides, the baseline first.
 
     ``metrics`` are the held-out quantities that decide: +1 where more is better, −1 where less is, 0 where the file
-    leaves it to the name. ``common`` holds for all arms, what was ``given`` on a command line among it; ``source`` is
-    the file.
+    leaves it to the name, and ``trade`` two of them that a picture shows, across and up. ``common`` holds for all arms,
+    what was ``given`` on a command line among it; ``source`` is the file.
     """
 
     name: str
@@ -62,6 +63,7 @@ class Sweep:
     metrics: Mapping[str, int] = field(default_factory=dict)
     source: str = ""
     given: Overrides = field(default_factory=dict)
+    trade: tuple[str, ...] = ()
 
     @property
     def baseline(self) -> str:
@@ -113,10 +115,11 @@ def read(file: str | Path, overrides: Sequence[str] = (), seeds: Sequence[int] |
         raise ValueError(
             f"--{varied[0]} is what arms of {file} are for: leave it out, or train some of them with --only ARM,…"
         )
+    metrics = _metrics(tree.get("metrics"), str(file))
     sweep = Sweep(
         name, recipe, arms, _seeds(tree.get("seeds", SEEDS) if seeds is None else seeds, str(file)),
-        _upon(common, given), str(tree.get("question") or "").strip(), _metrics(tree.get("metrics"), str(file)),
-        str(file), given,
+        _upon(common, given), str(tree.get("question") or "").strip(), metrics, str(file), given,
+        _trade(tree.get("trade"), metrics, str(file)),
     )  # fmt: skip
     _check(sweep, str(file))
     return sweep
@@ -297,6 +300,14 @@ def _metrics(given: Any, file: str) -> dict[str, int]:
             hint = _nearest(str(way), WAYS)
             raise ValueError(f"{file}: metrics: {name}: {way!r} is no direction.{hint} Write higher or lower.")
     return {name: 0 if way is None else WAYS[way] for name, way in pairs}
+
+
+def _trade(given: Any, metrics: Mapping[str, int], file: str) -> tuple[str, ...]:
+    if given is None:
+        return ()
+    if not isinstance(given, list) or len(given) != 2 or not set(given) <= set(metrics):
+        raise ValueError(f"{file}: trade is {given!r}; write two of the metrics: [{', '.join(list(metrics)[:2])}].")
+    return tuple(given)
 
 
 def _check(sweep: Sweep, file: str) -> None:

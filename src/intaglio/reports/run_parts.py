@@ -152,14 +152,15 @@ def proofs(folder: RunFolder) -> str:
     last = final if final in steps else steps[-1]
     part = read_part(last / "proofs.json")
     told = part.content or {"pictures": {p.name: {} for p in sorted(last.glob("*.png"))}, "skipped": {}}
-    figures = [_proof(last / Path(name).name, words) for name, words in told["pictures"].items()]
+    figures = [picture(last / Path(name).name, words) for name, words in told["pictures"].items()]
     skipped = [missing(f"{name}, because {reason}", "Not made") for name, reason in told["skipped"].items()]
     step = int(last.name.removeprefix("step-"))
     made = f"<p>Made at step {step:,} with the weights of that step; the items are the same at every step.</p>"
     return made + (missing(part.missing) if part.missing else "") + "".join([*figures, *skipped])
 
 
-def _proof(path: Path, words: Mapping[str, Any]) -> str:
+def picture(path: Path, words: Mapping[str, Any]) -> str:
+    """A PNG inside the page; ``words`` are its ``title``, what to ``look_for``, and what it shows as ``told`` lines."""
     title = str(words.get("title", path.stem))
     try:
         kind, content, (width, height) = _compressed(path)

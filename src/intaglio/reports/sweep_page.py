@@ -9,6 +9,7 @@ from intaglio.reports.comparison_text import MARKS, assessment, moved, sentence,
 from intaglio.reports.differences import UNSURE, confidence
 from intaglio.reports.page import document
 from intaglio.reports.parts import breakable, folded, listed, missing, pairs, table
+from intaglio.reports.run_parts import picture
 from intaglio.reports.safe import html
 from intaglio.reports.sweep import TOLD, Arm, Study, apart, headline, spread, written
 from intaglio.reports.sweep_text import UNTOLD, absent, command, counts, heading, made, runs, uncounted, why_none
@@ -24,6 +25,7 @@ def page(s: Study) -> str:
         "verdict": ("Verdict", _verdict(s)),
         "arms": ("Arms", _arms(s)),
         "table": ("Arms × metrics", _table(s)),
+        **({"trade": ("One metric against another", _trade(s))} if s.sweep.trade else {}),
         "metrics": ("Each metric, beside its null", _metrics(s)),
         "can": ("What can be concluded", _told(s.can, "Nothing.")),
         "cannot": ("What cannot be concluded", _told(s.cannot, "Nothing.")),
@@ -91,6 +93,12 @@ def _cell(arm: Arm, name: str) -> str:
     mark += f'<span class="unseen">{UNSURE if barred else m.verdict}</span>' if m is not None else ""
     null = "" if r.null is None else f"<small>null {html(written(name, r.null))}</small>"
     return f'<b class="whole">{html(written(name, r.value))}{mark}</b><small>{html(spread(name, r))}</small>{null}'
+
+
+def _trade(s: Study) -> str:
+    across, up = s.sweep.trade
+    words = f"{up} of each arm against its {across}; the numbers stand in the tables"
+    return picture(s.folder / "trade.png", {"title": "One metric against another", "look_for": words})
 
 
 def _metrics(s: Study) -> str:

@@ -62,8 +62,13 @@ def markdown_document(s: Study) -> str:
 
 
 def write(s: Study) -> Path:
-    """Writes ``index.html``, ``REPORT.md`` and ``sweep.json`` into the sweep's folder; the path of the page."""
+    """Writes ``index.html``, ``REPORT.md``, ``sweep.json`` and, of a ``trade``, ``trade.png`` into the sweep's folder;
+    the path of the page."""
     from intaglio.reports.sweep_page import page
+    from intaglio.reports.sweep_sheet import trade
+
+    if s.sweep.trade:
+        trade(s, s.folder / "trade.png")
 
     content = {"status": "finished", **s.as_dict()}
     write_atomically(s.folder / "sweep.json", json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
