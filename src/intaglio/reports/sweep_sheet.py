@@ -33,7 +33,11 @@ def trade(s: Study, path: Path) -> Path:
             r = arm.cells[up].reading
             assert r is not None
             ax.axhline(
-                r.value, color=colour, linestyle="--", linewidth=1.2, label=f"{drawn(arm.name, 30)}: no such limit"
+                r.value,
+                color=colour,
+                linestyle="--",
+                linewidth=1.2,
+                label=f"{drawn(arm.name, 30)}, without {short_name(across)}",
             )
         nulls = [r.null for arm in s.arms if (r := arm.cells[up].reading) is not None and r.null is not None]
         if nulls:
