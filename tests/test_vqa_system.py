@@ -83,7 +83,6 @@ def test_a_run_that_stopped_in_a_stage_and_went_on_is_the_uninterrupted_one(step
 
 def test_a_run_killed_in_the_middle_of_a_stage_goes_on_as_if_it_had_not_been(staged, tmp_path):
     process = start("train", "vqa-small", *COMMON, "--name=a", f"--runs={tmp_path}", *STAGED)
-    process = start("train", "vqa-small", *COMMON, "--name=a", f"--runs={tmp_path}", *STAGED)
     wait_for(process, tmp_path / "a" / "metrics.jsonl", 11)
     process.kill()
     process.communicate()

@@ -16,7 +16,7 @@ from intaglio.bench.healthy import counted, one
 from intaglio.bench.shapes import ask_shapes
 
 COMMON = [
-    "--train.steps=600", "--train.batch_size=24", "--data.together=4", "--train.validate_items=192",
+    "--train.steps=500", "--train.batch_size=16", "--data.together=4", "--train.validate_items=192",
     "--health.probe=192", "--optim.warmup=50", "--data.image_size=32", "--model.width=48", "--model.heads=2",
     "--model.vision_layers=1", "--model.question_layers=1", "--model.fusion_layers=1", "--model.reasoning_layers=1",
     "--model.answer_layers=1", "--model.latents=3", "--model.dims=8", "--loss.ramp=150",
@@ -45,7 +45,7 @@ SEEDS = (0, 1)
 def measure() -> tuple[list[Result], dict[str, Any]]:
     """How many of the runs were accused of something, and of what."""
     place = Path("runs") / "bench-healthy-vqa"
-    shapes = ["--data.items=null", f"--data.source={ask_shapes(place / 'shapes', 1500)}"]
+    shapes = ["--data.items=null", f"--data.source={ask_shapes(place / 'shapes', 1200)}"]
     runs: list[dict[str, Any]] = []
     for variant, words in VARIANTS.items():
         for seed in SEEDS:

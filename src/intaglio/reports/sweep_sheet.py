@@ -5,7 +5,8 @@ from pathlib import Path
 import numpy as np
 from matplotlib.figure import Figure
 
-from intaglio.reports.sheets import BLUE, COLOURS, GREY, PALE, drawn, layout, plotting, saved
+from intaglio.reports.safe import drawn
+from intaglio.reports.sheets import BLUE, COLOURS, GREY, PALE, layout, plotting, saved
 from intaglio.reports.sweep import Arm, Study
 from intaglio.reports.sweep_text import heading, short_name
 
