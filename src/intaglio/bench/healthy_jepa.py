@@ -14,9 +14,10 @@ from intaglio.bench import Result
 from intaglio.bench.healthy import counted, one
 
 COMMON = [
-    "--data.items=3000", "--train.steps=600", "--train.batch_size=16", "--train.validate_items=96",
+    "--data.items=2000", "--train.steps=400", "--train.batch_size=16", "--train.validate_items=96",
     "--health.probe=192", "--optim.warmup=50", "--train.ema=0.99", "--model.width=64", "--model.heads=2",
     "--model.layers=2", "--model.predictor_layers=1", "--model.slots=4", "--model.embedding=64", "--model.codes=64",
+    "--model.codes_after=150",
 ]  # fmt: skip
 LEJEPA = ["--loss.objective=lejepa", "--loss.sigreg=0.05"]
 TARGET = ["--model.target=0.99", "--loss.queue=1024"]
