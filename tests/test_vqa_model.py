@@ -182,13 +182,19 @@ def test_an_answer_is_explained_by_what_it_loses():
     vqa, picture = model(2), images(1)[0]
     found = explain(vqa, picture, QUESTIONS[0])
     assert found.places.shape == (2, 2)
-    assert found.latents.shape == (3,)
+    assert found.latents.shape == found.alone.shape == (3,)
     assert sum(share for _, share in found.spread) == pytest.approx(1)
     covered = picture.copy()
     covered[8:, :8] = picture.reshape(-1, 3).mean(0).round()
     ids = torch.from_numpy(vqa.encoded([found.answer]))
     other = vqa.nats(vqa.latents(covered[None], [0], QUESTIONS[:1]).mean, ids)
     assert found.places[1, 0] == pytest.approx(found.probability - math.exp(-float(other)), abs=1e-5)
+    z = vqa.latents(picture[None], [0], QUESTIONS[:1]).mean
+    second = z.clone()
+    second[:, [0, 2]] = 0
+    saved = float(vqa.nats(0 * z, ids) - vqa.nats(second, ids))
+    assert found.alone[1] == pytest.approx(saved, abs=1e-5)
+    assert found.latents[1] == pytest.approx(float(vqa.nats(z - second, ids) - vqa.nats(z, ids)), abs=1e-5)
 
 
 @pytest.mark.parametrize(

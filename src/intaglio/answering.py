@@ -60,7 +60,7 @@ def answer(
 
         found = [(pixels, explain(model, pixels, question, max(16, samples))) for question in questions]
         for row, (_, e) in zip(told, found, strict=True):
-            row |= {"places": np.round(e.places, 4).tolist(), "latents": np.round(e.latents, 4).tolist()}
+            row |= {name: np.round(getattr(e, name), 4).tolist() for name in ("places", "latents", "alone")}
         drawn(found).save(Path(explained))
     return told
 

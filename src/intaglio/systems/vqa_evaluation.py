@@ -189,7 +189,8 @@ def interventions(
     model: VqaModel, prepared: Questioned, held: Held, given: Sequence[str], seed: int
 ) -> dict[str, Measured]:
     """What share of the answers is lost, paired by question; null 0: latents exchanged, one of them left out (the mean
-    in its place), another image, another question. And how often draws of z agree with their mean."""
+    in its place), another image, another question. What is right with one latent alone, beside none. And how often
+    draws of z agree with their mean."""
     own, mean = _right(prepared, held.items, given).astype(float), held.q.mean
     if len(own) < 2:
         return {"val/answer/shuffled_latent_drop": NotMeasured("it takes two held-out questions")}
@@ -203,10 +204,15 @@ def interventions(
     found: dict[str, Measured] = {
         f"val/answer/{name}_latent_drop": drop(z.view_as(mean)) for name, z in exchanged(mean.flatten(1), prior).items()
     }
+    none = float(_right(prepared, held.items, written(model, mean.mean(0, keepdim=True).expand_as(mean))).mean())
     for k in range(mean.shape[1]):
         without = mean.clone()
         without[:, k] = mean[:, k].mean(0)
         found[f"val/latent.{k}/drop"] = drop(without)
+        alone = mean.mean(0, keepdim=True).repeat(len(mean), 1, 1)
+        alone[:, k] = mean[:, k]
+        hits = _right(prepared, held.items, written(model, alone))
+        found[f"val/latent.{k}/alone"] = share(int(hits.sum()), len(hits), none)
     mixed = order.permutation(len(mean), 0, 2)
     other = np.empty_like(mixed)
     other[mixed] = np.roll(mixed, 1)

@@ -78,8 +78,9 @@ def drawn(several: Sequence[tuple[np.ndarray, Explained]]) -> Sheet:
     """A row for each question: the image, what covering each place costs the answer, and what each latent is worth."""
     sheet = Sheet(
         "What an answer rests on",
-        "Middle: each place of the image is covered with the image's mean colour in turn; the more of the answer's "
-        "probability that takes away, the redder. Right: nats that the answer costs more without each latent.",
+        "Middle: windows of the image are covered with its mean colour; the more of the answer's probability that "
+        "takes away, the redder. Right, for each latent: nats that the answer costs more without it (red), and less "
+        "with it alone than with none (green). Where several tell the same, no single one is missed.",
     )
     side = 1.3
     for image, e in several:
@@ -94,19 +95,26 @@ def drawn(several: Sequence[tuple[np.ndarray, Explained]]) -> Sheet:
         strongest = e.places.max()
         if strongest < 0.05:
             sheet.text(x, end + 0.04, "No single place matters.", 3.2, size=8, colour=FAINT)
-        bars, room = x + 3.4, WIDTH - MARGIN - x - 3.9
-        most = max(0.1, float(np.abs(e.latents).max()))
-        for k, nats in enumerate(e.latents):
+        bars, room = x + 3.4, WIDTH - MARGIN - x - 4.2
+        most = max(0.1, float(np.abs([e.latents, e.alone]).max()))
+        for k, both in enumerate(zip(e.latents, e.alone, strict=True)):
             at = y + k * side / len(e.latents)
             sheet.text(bars, at, f"z{k}", 0.3, size=7, colour=FAINT, lines=1)
-            sheet.box(bars + 0.25, at, max(0.01, room * float(abs(nats)) / most), 0.09, WRONG if nats > 0 else FAINT)
-            sheet.text(bars + 0.3 + room, at, f"{nats:+.2f}", 0.5, size=7, colour=INK, lines=1)
+            for place, (nats, colour) in enumerate(zip(both, (WRONG, RIGHT), strict=True)):
+                length = max(0.01, room * float(abs(nats)) / most)
+                sheet.box(bars + 0.25, at + 0.06 * place, length, 0.05, colour if nats > 0 else FAINT)
+            told = ", ".join(f"{round(float(nats), 2) + 0.0:+.2f}" for nats in both)  # no −0.00
+            sheet.text(bars + 0.3 + room, at, told, 0.8, size=7, colour=INK, lines=1)
         sheet.bottom = max(sheet.bottom, y + side)
         sheet.told.append(
             f"{e.question} {e.answer} ({e.probability:.2f}); the place that matters most takes {strongest:.2f} of it "
-            f"away; latents cost {', '.join(f'{n:+.2f}' for n in e.latents)} nats."
+            f"away; without each latent it costs {_listed(e.latents)} nats more, with it alone {_listed(e.alone)} less."
         )
     return sheet
+
+
+def _listed(nats: np.ndarray) -> str:
+    return ", ".join(f"{n:.2f}" for n in nats)
 
 
 def over(image: np.ndarray, places: np.ndarray) -> np.ndarray:
