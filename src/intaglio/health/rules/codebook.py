@@ -321,8 +321,11 @@ def revival_threshold(record: Record, limits: Limits) -> Iterator[Finding | NotM
 def quantiser_loss_missing(record: Record, limits: Limits) -> Iterator[Finding | NotMeasured]:
     """The commitment or codebook loss is not in the total, or the two weights are exchanged.
 
-    Seen by the terms and weights that were summed, where codes are chosen; β < 1 is the commitment's.
+    Seen by the terms and weights that were summed, where codes are chosen; β < 1 is the commitment's. Numbers that are
+    rounded (FSQ, Mentzer et al. 2023) need no such term.
     """
+    if (record.config.get("model") or {}).get("quantiser") == "fsq":
+        return
     if record.foreign:
         yield NotMeasured("which terms the total of a foreign history holds is not known")
         return
