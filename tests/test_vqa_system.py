@@ -212,6 +212,29 @@ def test_the_ramp_and_every_weight_are_applied(staged):
     assert terms["answer"][0][1] > terms["answer"][0][20] > 1, "nats of a whole answer"
 
 
+def test_the_kl_comes_on_behind_its_stage_and_rises_from_there(tmp_path):
+    """From what is summed for the gradient: nothing until step 4, then a ramp of 4 steps."""
+    applied: list[float | None] = []
+
+    def record(system: Any) -> None:
+        weigh = system.weigh
+
+        def seen(terms: Any) -> Any:
+            total = weigh(terms)
+            parts = sum(t.weight * float(t.value.detach()) for t in terms.values())
+            assert float(total.detach()) == pytest.approx(parts, rel=1e-5)
+            if system.training:
+                applied.append(terms["kl"].weight if "kl" in terms else None)
+            return total
+
+        system.weigh = seen
+
+    words = ["--loss.ramp=4", "--loss.kl=0.5", "--train.steps=10", "--train.validate_every=10", "--health.on=false"]
+    run(tmp_path, '--stages=[{"until": 4, "without": ["kl"]}]', *words, alter=record)
+    assert applied[:4] == [None] * 4
+    assert applied[4:] == pytest.approx([0.125, 0.25, 0.375, 0.5, 0.5, 0.5])
+
+
 def test_the_preference_has_a_gradient_through_log_probabilities(staged):
     """Along its own gradient the better candidates become likelier; scores alone have none."""
     found: dict[str, Any] = {}
@@ -306,7 +329,7 @@ def test_an_image_is_asked_and_explained(staged, asked, tmp_path):
         assert sum(row["spread"].values()) == pytest.approx(1)
         assert np.array(row["places"]).shape == (2, 2)
         assert len(row["latents"]) == 3
-    assert "never occurred in training" in found[1]["note"]
+    assert "pieces of the question are unknown" in found[1]["note"]
     with Image.open(tmp_path / "why.png") as picture:
         assert picture.width > 1000
     known = answering.answer(staged.path, asked / "0.png", questions[:1], closed=True)[0]["answer"]

@@ -50,8 +50,9 @@ def answer(
     told = [{"question": question, **found} for question, found in zip(questions, _told(model, q, closed), strict=True)]
     for k, row in enumerate(told):
         lost, unknown = model.cut(questions[k])
-        row |= {"note": f"{lost} tokens of the question were cut off"} if lost else {}
-        row |= {"note": f"{unknown} pieces of the question never occurred in training"} if unknown else {}
+        notes = [f"{lost} tokens of the question were cut off"] if lost else []
+        notes += [f"{unknown} pieces of the question are unknown to the model's tokenizer"] if unknown else []
+        row |= {"note": "; ".join(notes)} if notes else {}
         if samples:
             one = Latents(q.mean[k : k + 1], None if q.log_variance is None else q.log_variance[k : k + 1])
             row["spread"] = dict(drawn_again(model, one, samples, seed=0))
