@@ -6,7 +6,7 @@ import pytest
 import torch
 import vector_quantize_pytorch as oracle
 
-from intaglio.nn.fsq import FSQ
+from intaglio.nn.fsq import FSQ, Whitening
 
 LEVELS = [(8, 5, 5, 5), (3, 4), (7,), (16, 3, 5)]
 
@@ -61,3 +61,34 @@ def test_what_does_not_fit_is_refused():
         FSQ((4, 5))(torch.zeros(3, 3))
     with pytest.raises(ValueError, match=r"give \(3,\)"):
         FSQ((4, 5))(torch.zeros(3, 2), torch.ones(2, dtype=torch.bool))
+
+
+def test_whitened_numbers_have_unit_covariance_whatever_they_were():
+    generator = torch.Generator().manual_seed(0)
+    mixing = torch.tensor([[1e-3, 0, 0], [2e-3, 5, 0], [0, 4, 1]])
+    whitening, real = Whitening(3), torch.rand(64, 50, generator=generator) < 0.8
+    for _ in range(20):
+        x = torch.randn(64, 50, 3, generator=generator) @ mixing.T + torch.tensor([10.0, -3, 0])
+        seen = whitening(x.masked_fill(~real[..., None], 1e6), real)
+    assert not seen[~real].any()
+    whitening.eval()
+    before = {name: tensor.clone() for name, tensor in whitening.state_dict().items()}
+    x = torch.randn(50_000, 3, generator=generator) @ mixing.T + torch.tensor([10.0, -3, 0])
+    white = whitening(x, torch.ones(len(x), dtype=torch.bool))
+    torch.testing.assert_close(white.mean(0), torch.zeros(3), rtol=0, atol=0.05)
+    torch.testing.assert_close(white.T.cov()[1:, 1:], torch.eye(2), rtol=0, atol=0.05)
+    assert 0 < float(white[:, 0].var()) < 0.01  # a thousandth of the others: the jitter keeps its noise down
+    assert all(torch.equal(tensor, before[name]) for name, tensor in whitening.state_dict().items())
+
+
+def test_before_it_has_counted_anything_whitening_is_the_identity():
+    whitening, x = Whitening(2).eval(), torch.randn(5, 2)
+    assert torch.equal(whitening(x, torch.ones(5, dtype=torch.bool)), x)
+
+
+def test_codes_stay_in_use_where_numbers_shrink():
+    whitening, fsq = Whitening(2), FSQ((5, 5))
+    x = 1e-2 * torch.randn(4096, 2, generator=torch.Generator().manual_seed(0)) + 3
+    real = torch.ones(4096, dtype=torch.bool)
+    assert len(fsq(x, real).codes.unique()) == 1
+    assert len(fsq(whitening(x, real), real).codes.unique()) == 25

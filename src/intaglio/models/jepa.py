@@ -16,7 +16,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 
 from intaglio.config import JepaModelConfig
 from intaglio.nn.codebook import Codebook, Quantised
-from intaglio.nn.fsq import FSQ
+from intaglio.nn.fsq import FSQ, Whitening
 from intaglio.nn.grids import GridEncoder, Predictor
 from intaglio.nn.objects import ObjectEncoder
 
@@ -80,16 +80,20 @@ class Network(nn.Module):
 
 
 class Rounded(nn.Module):
-    """Slots through a few rounded numbers each, and back to their width."""
+    """Slots through a few rounded numbers each, and back to their width.
+
+    The numbers are whitened, as rounding knows one scale alone: left to themselves they shrink below a step, and few
+    codes remain in use.
+    """
 
     def __init__(self, width: int, levels: tuple[int, ...]):
         super().__init__()
         self.into, self.out = nn.Linear(width, len(levels)), nn.Linear(len(levels), width)
-        self.fsq = FSQ(levels)
+        self.whitening, self.fsq = Whitening(len(levels)), FSQ(levels)
 
     def forward(self, x: Tensor, real: Tensor) -> Quantised:
         """(…, D) → (…, D), with codes (…) and no commitment."""
-        rounded, codes, none = self.fsq(self.into(x), real)
+        rounded, codes, none = self.fsq(self.whitening(self.into(x), real), real)
         return Quantised(self.out(rounded), codes, none)
 
 

@@ -10,8 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from intaglio.nn.codebook import Quantised
+from intaglio.objectives.distributed import mean_over_processes, processes
 
 MARGIN = 1e-3  # the bound reaches past the outermost levels by as much, so that they have an inside
+DECAY = 0.99  # of the moments that numbers are whitened by
 
 
 class FSQ(nn.Module):
@@ -70,3 +72,44 @@ class FSQ(nn.Module):
         reach = (self.levels - 1) * (1 + MARGIN) / 2
         offset = torch.where(self.levels % 2 == 0, 0.5, 0.0)
         return (x + (offset / reach).atanh()).tanh() * reach - offset
+
+
+class Whitening(nn.Module):
+    """Numbers of mean 0 and covariance I, by running moments of all processes; no gradient enters these.
+
+    x ← L⁻¹(x − μ) with L the Cholesky factor of the covariance, jitter 1e-4 of its mean variance. A forward pass in
+    training mode counts its tokens before they are whitened; in eval mode nothing changes. Before the first one it is
+    the identity.
+    """
+
+    moments: Tensor
+    tokens: Tensor
+
+    def __init__(self, width: int):
+        super().__init__()
+        self.register_buffer("moments", torch.zeros(width, width + 1))  # Σ x(x, 1)ᵀ, and the number of tokens
+        self.register_buffer("tokens", torch.tensor(0.0))
+
+    def forward(self, x: Tensor, real: Tensor) -> Tensor:
+        """(…, D) and a mask (…), True where a token stands → (…, D) float32, 0 elsewhere."""
+        with torch.autocast(x.device.type, enabled=False):
+            x, real = x.float(), real[..., None]
+            if self.training:
+                self._count(x.detach().masked_fill(~real, 0).flatten(0, -2), real.sum())
+            mean_D, inverse_DD = self._whitener()
+            return ((x - mean_D) @ inverse_DD.T).masked_fill(~real, 0)
+
+    @torch.no_grad()
+    def _count(self, x_TD: Tensor, tokens: Tensor) -> None:
+        sums = x_TD.T @ torch.cat([x_TD, torch.ones_like(x_TD[:, :1])], 1)
+        self.moments.lerp_(processes() * mean_over_processes(sums), 1 - DECAY)
+        self.tokens.lerp_(processes() * mean_over_processes(tokens.float()), 1 - DECAY)
+
+    def _whitener(self) -> tuple[Tensor, Tensor]:
+        """μ and L⁻¹ of the tokens counted so far."""
+        moments = self.moments / self.tokens.clamp(min=torch.finfo(torch.float32).tiny)
+        mean_D, one_DD = moments[:, -1], torch.eye(len(moments), device=moments.device)
+        covariance_DD = moments[:, :-1] - mean_D[:, None] * mean_D
+        jitter = 1e-4 * covariance_DD.diagonal().mean().clamp(min=1e-6)
+        covariance_DD = torch.where(self.tokens > 0, covariance_DD + jitter * one_DD, one_DD)
+        return mean_D, torch.linalg.solve_triangular(torch.linalg.cholesky(covariance_DD), one_DD, upper=False)

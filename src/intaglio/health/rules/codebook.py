@@ -47,9 +47,15 @@ def codebook_collapse(record: Record, limits: Limits) -> Iterator[Finding | NotM
                 f"The codes of {name.split('/')[1]} are used as if there were {s.value:.0f}; uniform codes would reach "
                 f"{s.null:.0f} on as many tokens.",
                 {"perplexity": s.value, "null": s.null},
-                remedies("start the codes by k-means", "revive dead codes", "a smaller codebook", wait=1000),
+                remedies(*_against_few(record), wait=1000),
                 step=int(s.steps[-1]),
             )
+
+
+def _against_few(record: Record) -> tuple[str, ...]:
+    if (record.config.get("model") or {}).get("quantiser") == "fsq":
+        return "whiten the numbers before they are rounded", "fewer levels: --model.levels [5,5,5]"
+    return "start the codes by k-means", "revive dead codes", "a smaller codebook"
 
 
 CODES = ("num_embeddings", "n_embed", "n_e", "codebook_size", "num_codes", "n_codes", "vocab_size", "n_embeddings", "k")
