@@ -1,0 +1,1 @@
+"""Are our verdicts right? Trainings into which a fault was put, and healthy ones: ``intaglio bench faults``."""
