@@ -30,14 +30,15 @@ class Result:
         return self.measured >= self.target if self.better == "higher" else self.measured <= self.target
 
 
-def run_benchmark(what: str, out: str, data: str | None = None) -> int:
+def run_benchmark(what: str, out: str, data: str | None = None, **options: Any) -> int:
     """Runs the benchmark ``what`` and writes ``out/<what>.json``; 0 if every target was met, else 1.
 
     ``data`` is a folder: of labelled histories for ``histories``, of labelled photos for ``diffusion``, of ARC's
-    tasks for ``jepa``, of a table of questions for ``vqa``.
+    tasks for ``jepa``, of a table of questions for ``vqa``. ``options`` are those of ``faults``.
     """
     measure = import_module(f"intaglio.bench.{what.replace('-', '_')}").measure
-    results, facts = measure(data) if what in ("histories", "diffusion", "jepa", "vqa") else measure()
+    takes_data = what in ("histories", "diffusion", "jepa", "vqa")
+    results, facts = measure(data) if takes_data else measure(**options)
     write(Path(out) / f"{what}.json", results, facts)
     print(markdown(results))
     return int(not all(r.met for r in results))

@@ -258,7 +258,10 @@ def _export(a: Arguments) -> int:
 def _bench(a: Arguments) -> int:
     from intaglio.bench import run_benchmark
 
-    return run_benchmark(a.what, a.out, a.data)
+    options = {"level": a.level, "jobs": a.jobs, "only": a.only or (), "more": a.more} if a.what == "faults" else {}
+    if a.what != "faults" and (a.level != "full" or a.jobs or a.only or a.more):
+        raise ValueError("--level, --jobs, --only and --more are options of intaglio bench faults.")
+    return run_benchmark(a.what, a.out, a.data, **options)
 
 
 VERBS = {
@@ -400,11 +403,15 @@ def _parser() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentParse
     p = verb("bench", "our own evidence: speed, targets of a system, false alarms, verdicts on labelled histories")
     systems = ("multimodal", "diffusion", "jepa", "vqa")
     healthy = ("healthy", *(f"healthy-{system}" for system in systems[1:]))
-    p.add_argument("what", choices=("speed", *systems, *healthy, "histories", "comparisons"))
+    p.add_argument("what", choices=("faults", "speed", *systems, *healthy, "histories", "comparisons"))
     what = "of histories: a folder with labels.json; of diffusion: one of labelled photos; of jepa: one of ARC's "
     what += "tasks; of vqa: one of images and questions"
     p.add_argument("--data", metavar="FOLDER", help=what)
     p.add_argument("--out", default="benchmarks", metavar="FOLDER")
+    p.add_argument("--level", choices=("smoke", "full"), default="full", help="of faults: some minutes, or everything")
+    p.add_argument("--jobs", type=int, metavar="N", help="of faults: trainings at once (one for each core)")
+    p.add_argument("--only", action="append", metavar="FAMILY", help="of faults: this family (may be repeated)")
+    p.add_argument("--more", metavar="FOLDER", help="of faults: Python files with families of your own")
     return parser, verbs.choices
 
 

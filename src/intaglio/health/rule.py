@@ -28,6 +28,7 @@ class Rule:
         log: what to log where they are missing.
         concerns: systems that can have this fault; all where none is named.
         limits: its thresholds by name; a profile may set others.
+        symptom: many faults look like that, so that what names a cause is told before it.
         judge: from a record and limits to findings, or why it cannot tell; None where it is seen before training.
     """
 
@@ -41,6 +42,7 @@ class Rule:
     log: str = ""
     concerns: tuple[str, ...] = ()
     limits: Limits = field(default_factory=dict)
+    symptom: bool = False
     judge: Judge | None = None
 
     @property
@@ -51,7 +53,8 @@ class Rule:
 
 @dataclass(frozen=True)
 class Judged:
-    """Findings, the gravest first; ids of the rules that found nothing; ids of those that could not look, and why.
+    """Findings, the gravest first and symptoms after causes; ids of the rules that found nothing; ids of those that
+    could not look, and why.
 
     ``unread`` are those of the latter that had nothing to read at all.
     """
@@ -97,6 +100,8 @@ def apply(
     """
     findings: list[Finding] = []
     passed, unread, missing = [], [], {}
+    rules = list(rules)
+    symptoms = {r.id for r in rules if r.symptom}
     for r in rules:
         if r.judge is None or (r.concerns and record.config.get("system", r.concerns[0]) not in r.concerns):
             continue
@@ -115,5 +120,5 @@ def apply(
             missing[r.id] = "; ".join(dict.fromkeys(reasons))
         elif not found:
             passed.append(r.id)
-    findings.sort(key=lambda f: SEVERITIES.index(f.severity))
+    findings.sort(key=lambda f: (SEVERITIES.index(f.severity), f.rule in symptoms))
     return Judged(tuple(findings), tuple(passed), missing, tuple(unread))

@@ -22,6 +22,7 @@ LOWER_IS_BETTER = ("*/loss/*", "*/*/nats_per_token", "*/*/mse", "*/*/error")
 
 @rule(
     id="no-learning",
+    symptom=True,
     source="no number without its null",
     case="J, E",
     needs=("train/loss/*", "val/loss/*", "train/*/nats_per_token"),
@@ -120,6 +121,7 @@ def _risen(s: Series) -> bool:
 
 @rule(
     id="plateau",
+    symptom=True,
     source="no number without its null",
     case="J: .0202 was the collapsed SIGReg",
     needs=("train/loss/*",),

@@ -229,6 +229,7 @@ def _far_from_normal(record: Record, limits: Limits) -> Iterator[Finding]:
 
 @rule(
     id="norm-pinned",
+    symptom=True,
     source="Pearson 1896",
     case="E: “alignment”; norm = √d · std",
     needs=("val/*/norm", "train/*/norm"),
@@ -273,6 +274,7 @@ def norm_pinned(record: Record, limits: Limits) -> Iterator[Finding | NotMeasure
 
 @rule(
     id="latent-drift",
+    symptom=True,
     source="two-sample z-test; standard error of skewness √(6/n)",
     case="E: a profile with a fixed .001",
     needs=("val/*/mean_shift", "val/*/asymmetry"),

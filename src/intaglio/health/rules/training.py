@@ -184,6 +184,7 @@ def _lost(curves: Mapping[str, Series], record: Record) -> Iterator[Finding]:
 
 @rule(
     id="spike",
+    symptom=True,
     source="Hampel 1974",
     case="J",
     needs=("train/loss/*", "val/loss/*", "train/optimizer/gradient_norm"),

@@ -117,10 +117,10 @@ FAMILY = Family(
             case="E latent-ignores-input",
         ),
         Fault(
-            "rate-thirty-times-too-high",
+            "rate-far-too-high",
             "Plain gradient descent takes the rate that was meant for Adam, and leaves.",
             ("non-finite", "diverged"),
-            options={"optimizer": "SGD", "rate": 0.5},
+            options={"optimizer": "SGD", "rate": 5.0},
         ),
         Fault(
             "kl-too-heavy",
