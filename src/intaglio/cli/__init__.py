@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from intaglio import __version__
-from intaglio.cli import analysing, sweeping
+from intaglio.cli import analysing, remedying, sweeping
 from intaglio.cli.analysing import print_json
 
 Arguments = argparse.Namespace
@@ -271,6 +271,7 @@ VERBS = {
     "evaluate": _evaluate,
     **analysing.VERBS,
     **sweeping.VERBS,
+    **remedying.VERBS,
     "caption": _caption,
     "generate": _generate,
     "interpolate": _interpolate,
@@ -328,6 +329,7 @@ def _parser() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentParse
 
     analysing.add(verb)
     sweeping.add(verb)
+    remedying.add(verb)
 
     p = verb("caption", "caption images")
     p.add_argument("run")

@@ -85,8 +85,13 @@ __all__ = [
     "from_dict",
     "load",
     "recipes",
+    "structural",
     "to_dict",
 ]
+
+STRUCTURAL = ("model.", "data.", "prior.", "system", "seed", "optim.kind", "train.ema", "train.accumulate")
+STRUCTURAL += ("loss.objective", "loss.queue", "stages", "rates")
+"""Beginnings of keys that decide what a checkpoint holds."""
 
 
 def recipes() -> list[str]:
@@ -160,6 +165,11 @@ def diff(old: Config, new: Config) -> dict[str, tuple[Any, Any]]:
     """Dotted keys whose values differ, with (old, new)."""
     a, b = _flat(to_dict(old)), _flat(to_dict(new))
     return {k: (a.get(k), b.get(k)) for k in sorted(a.keys() | b.keys()) if a.get(k) != b.get(k)}
+
+
+def structural(key: str) -> bool:
+    """Whether a checkpoint does not fit another value of this key, so that training begins anew with it."""
+    return key.startswith(STRUCTURAL)
 
 
 def _recipe_folder() -> Any:

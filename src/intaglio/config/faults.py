@@ -33,6 +33,7 @@ def _faults(config: Config) -> Iterator[str]:
     not_negative: dict[str, float] = {
         "seed": config.seed,
         "train.patience": t.patience,
+        "train.draws": t.draws,
         "train.validate_every": t.validate_every,
     }
     not_negative |= {"train.checkpoint_every": t.checkpoint_every, "optim.warmup": o.warmup, "optim.decay": o.decay}

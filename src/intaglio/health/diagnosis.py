@@ -135,12 +135,21 @@ def diagnose_run(
     """
     folder, named = find(run), list(rules)
     limits = load_profile(profile)
-    readings, missing, step = _evaluation(folder)
-    record = record_of(folder, readings, step)
+    record, missing = all_of(folder)
     diagnosis = diagnose(record, limits, chosen(named) if named else None, missing, plan)
     if not named and plan is None and str(profile) == "default":
         write_findings(folder, diagnosis)
     return diagnosis
+
+
+def all_of(folder: RunFolder) -> tuple[Record, dict[str, str]]:
+    """What a run folder knows, its last evaluation included, and what that could not measure.
+
+    Raises:
+        ValueError: the folder has no history yet.
+    """
+    readings, missing, step = _evaluation(folder)
+    return record_of(folder, readings, step), missing
 
 
 def _evaluation(folder: RunFolder) -> tuple[dict[str, Reading], dict[str, str], int]:

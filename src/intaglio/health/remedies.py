@@ -49,18 +49,24 @@ def _plainly(said: str) -> str:
 def command(remedy: Remedy, run: str, config: Mapping[str, Any]) -> str:
     """What to type; empty where the remedy names no option, or does not say how far to move it.
 
-    A value that is given is taken. Otherwise what is to be raised is doubled and what is to be lowered is halved, or
-    moved tenfold where the remedy says so. More steps alone go on with the run; anything else trains it anew.
+    More steps alone go on with the run; anything else trains it anew.
     """
-    changes = {
-        key: value for key, given in OPTION.findall(remedy.do) if (value := _value(remedy.do, key, given, config))
-    }
-    if not changes:
+    changed = changes(remedy, config)
+    if not changed:
         return ""
-    words = " ".join(f"--{key} {value}" for key, value in changes.items())
-    if list(changes) == ["train.steps"] and float(changes["train.steps"]) > float(config["train"]["steps"]):
+    words = " ".join(f"--{key} {value}" for key, value in changed.items())
+    if list(changed) == ["train.steps"] and float(changed["train.steps"]) > float(config["train"]["steps"]):
         return f"intaglio train --resume {shlex.quote(run)} {words}"
     return f"intaglio train {shlex.quote(f'{run}/config.yaml')} {words}"
+
+
+def changes(remedy: Remedy, config: Mapping[str, Any]) -> dict[str, str]:
+    """The options that a remedy changes, with their values; empty where it names none, or not how far to move it.
+
+    A value that is given is taken. Otherwise what is to be raised is doubled and what is to be lowered is halved, or
+    moved tenfold where the remedy says so.
+    """
+    return {key: value for key, given in OPTION.findall(remedy.do) if (value := _value(remedy.do, key, given, config))}
 
 
 def _value(said: str, key: str, given: str, config: Mapping[str, Any]) -> str:

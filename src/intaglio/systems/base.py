@@ -38,6 +38,7 @@ class System(L.LightningModule):
         self.terms: dict[str, Term] = {}
         self.weights: dict[str, float] = {}
         self.rates: dict[str, float] = {}
+        self._settings: list[dict[str, Any]] = []
         self.total = torch.tensor(torch.nan)
         self.gradient_norm = torch.tensor(torch.nan)
 
@@ -78,7 +79,7 @@ class System(L.LightningModule):
 
     def noise_seed(self, micro_step: int) -> int:
         """Seed of everything random in one forward pass: a function of (seed, rank, step) and no other state."""
-        return _key(self.config.seed, 0, rank(), micro_step)
+        return _key(self._drawn_by, 0, rank(), micro_step)
 
     def noise_like(self, x: Tensor, stream: int = 1) -> Tensor:
         """N(0, 1) of the shape of ``x``, cut from one draw for the global batch: the same items get the same noise
@@ -97,7 +98,11 @@ class System(L.LightningModule):
         return ((torch.arange(count) / count + offset) % 1)[self._part(items)]
 
     def _generator(self, stream: int) -> torch.Generator:
-        return torch.Generator().manual_seed(_key(self.config.seed, stream, self.micro_step))
+        return torch.Generator().manual_seed(_key(self._drawn_by, stream, self.micro_step))
+
+    @property
+    def _drawn_by(self) -> int:
+        return self.config.train.drawn_by(self.config.seed)
 
     @staticmethod
     def _part(items: int) -> slice:
@@ -129,15 +134,25 @@ class System(L.LightningModule):
         self._pass = batch_idx % self.config.train.accumulate
 
     def configure_optimizers(self) -> Any:
-        groups = parameter_groups(self, self.config.optim.decay)
-        return configure(groups, self.config.optim, self.steps, self.bf16)
+        made = configure(self.groups(), self.config.optim, self.steps, self.bf16)
+        self._settings = [
+            {name: group[name] for name in ("initial_lr", "weight_decay", "betas")}
+            for group in made["optimizer"].param_groups
+        ]
+        return made
+
+    def groups(self) -> list[dict[str, Any]]:
+        """Parameters by what the optimizer does with them."""
+        return parameter_groups(self, self.config.optim.decay)
 
     def on_train_start(self) -> None:
-        """A resumed optimizer brings the rate of the run's old length; the present length decides."""
+        """A resumed optimizer brings rate, decay and betas of its old configuration; the present one decides."""
         schedule: Any = self.lr_schedulers()
-        groups = schedule.optimizer.param_groups
-        for group, base, share in zip(groups, schedule.base_lrs, schedule.lr_lambdas, strict=True):
-            group["lr"] = base * share(schedule.last_epoch)
+        schedule.base_lrs = [ours["initial_lr"] for ours in self._settings]
+        for group, ours, share in zip(
+            schedule.optimizer.param_groups, self._settings, schedule.lr_lambdas, strict=True
+        ):
+            group.update(ours, lr=ours["initial_lr"] * share(schedule.last_epoch))
 
     def configure_gradient_clipping(self, optimizer: torch.optim.Optimizer, *args: Any, **kwargs: Any) -> None:
         """Clips to ``optim.clip`` and stops before a non-finite gradient reaches the weights."""

@@ -33,7 +33,7 @@ from intaglio.objectives.gaussian import kl_to_standard
 from intaglio.objectives.text import token_nats
 from intaglio.sampling.tokens import Decoding, generate
 from intaglio.systems.base import System
-from intaglio.systems.optimizers import configure, parameter_groups
+from intaglio.systems.optimizers import parameter_groups
 
 
 class VqaSystem(System):
@@ -129,10 +129,6 @@ class VqaSystem(System):
     def patient_from(self) -> int:
         """The step from which on a look without progress counts: behind the last stage, and the ramp."""
         return max([self.ramp_from + self.config.loss.ramp, *(stage.until for stage in self.stages)])
-
-    def configure_optimizers(self) -> Any:
-        o = self.config.optim
-        return configure(self.groups(), o, self.steps, self.bf16)
 
     def groups(self) -> list[dict[str, Any]]:
         """The usual groups of each part that has a rate of its own, behind those of the others."""

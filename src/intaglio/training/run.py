@@ -2,6 +2,7 @@
 
 import logging
 import math
+import shutil
 import signal
 import sys
 import threading
@@ -159,6 +160,48 @@ def _resume(path: str | Path, overrides: Sequence[str], recipe: str | Path | Non
             file.unlink()
     say(f"resuming {folder.path} from {source.name}")
     return _fit(kind, prepared, folder if launch.rank() == 0 else None, source, None, say)
+
+
+def branch(start: str | Path, overrides: Sequence[str] = (), *, quiet: bool = False) -> RunFolder:
+    """A new run that goes on from a checkpoint of another, which stays as it is, with other settings.
+
+    Weights, optimizer, position in the data and everything else are the checkpoint's; its history is copied up to it.
+
+    Args:
+        start: checkpoint file.
+        overrides: ``--key.sub value`` words; what is ``config.structural`` may not change.
+
+    Raises:
+        ValueError: a setting that the checkpoint does not fit, or data that have changed.
+    """
+    say = _Teller(quiet or launch.rank() > 0)
+    source = Path(start)
+    parent = run_folder.find(source.parent.parent)
+    content = checkpoint.read(source)
+    saved = {**content["intaglio"], "state_dict": content["state_dict"]}
+    config = configuration.load(parent.path / "config.yaml", overrides)
+    changed = configuration.diff(parent.config(), config)
+    if fixed := [key for key in changed if configuration.structural(key)]:
+        raise ValueError(f"{source} does not fit another {', '.join(fixed)}: train anew with it.")
+    config, reasons = _resolve_machine(config)
+    kind = kind_of(config)
+    prepared = kind.prepare(saved, None, _progress(say), say)
+    if prepared.fingerprint != saved["fingerprint"]:
+        raise ValueError(f"The data of {parent.path} has changed since {source.name}: put it back.")
+    kind.config = config = _resolve_length(kind.resolve(prepared), prepared)
+    step = int(content["global_step"])
+    if (config.train.steps or 0) <= step:
+        raise ValueError(f"{source} is at step {step}: give --train.steps more than that.")
+    folder = None
+    if launch.rank() == 0:
+        folder = run_folder.create(config, sys.argv, parent.record["id"])
+        keys = [key for key in changed if key not in ("name", "runs", "plan")]
+        folder.update(data=prepared.record, fingerprint=prepared.fingerprint, machine_choice=reasons)
+        folder.update(changed_from_parent=keys, branched_at=step)
+        if parent.metrics.is_file():
+            shutil.copy(parent.metrics, folder.metrics)
+        say(f"run folder {folder.path}, from step {step} of {parent.path}")
+    return _fit(kind, prepared, folder, source, None, say)
 
 
 def _fit(
@@ -353,10 +396,9 @@ def _strategy(world: int, system: System) -> Any:
 def _batches(config: Config, prepared: Prepared, done: int) -> TrainingBatches:
     """This process's training batches after ``done`` optimizer steps."""
     train = config.train
+    seed, start = train.drawn_by(config.seed), done * train.accumulate
     places = {"rank": launch.rank(), "world": train.devices}
-    return TrainingBatches(
-        prepared.data, prepared.splits["train"], config.seed, train.batch_size, done * train.accumulate, **places
-    )
+    return TrainingBatches(prepared.data, prepared.splits["train"], seed, train.batch_size, start, **places)
 
 
 def _resolve_machine(config: Config) -> tuple[Config, dict[str, str]]:

@@ -2,21 +2,15 @@
 
 import json
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from intaglio.bench.faults.case import Case, Fault
-from intaglio.health.diagnosis import Diagnosis, diagnose, diagnose_run, record_of
+from intaglio.health.diagnosis import diagnose_run, record_of
 from intaglio.health.finding import SEVERITIES
-from intaglio.health.record import Record
+from intaglio.health.replay import first_said
 from intaglio.history.run_folder import RunFolder
-
-AUDITED = 4
-"""The step at which audits of the first gradients are closed, and facts are known."""
-
-VALIDATION = ("changed_by_validation", "training_in_validation")
-"""Facts that a look at held-out items finds."""
 
 
 @dataclass(frozen=True)
@@ -85,10 +79,11 @@ def judged(case: Case, record: dict[str, Any], folder: Path) -> Outcome:
     said = [Said(s["rule"], s["severity"], 0, s["message"]) for s in record.get("static", [])]
     steps = 0
     if (folder / "run.json").is_file() and record["status"] != "crashed":
-        first, last, steps = replayed(folder)
+        history = record_of(RunFolder(folder))
+        first, steps = first_said(history), history.last_step
         said += [
             Said(f.rule, f.severity, first.get((f.rule, f.severity), steps), f.message, dict(f.evidence))
-            for f in last.findings
+            for f in diagnose_run(folder).findings
         ]
     said.sort(key=lambda s: SEVERITIES.index(s.severity))
     able = {name: value > null for name, (value, null) in record.get("able", {}).items()}
@@ -98,32 +93,6 @@ def judged(case: Case, record: dict[str, Any], folder: Path) -> Outcome:
         round(record.get("seconds", 0.0), 2), round(record.get("monitor_seconds", 0.0), 3),
         all(able.values()) if able else None, tuple(said),
     )  # fmt: skip
-
-
-def replayed(folder: Path) -> tuple[dict[tuple[str, str], int], Diagnosis, int]:
-    """By rule and severity the step at which it was first said, the last verdict, and the last step."""
-    whole = record_of(RunFolder(folder))
-    first: dict[tuple[str, str], int] = {}
-    for step in looks(whole):
-        for finding in diagnose(until(whole, step)).findings:
-            first.setdefault((finding.rule, finding.severity), step)
-    last = diagnose_run(folder)
-    return first, last, whole.last_step
-
-
-def looks(record: Record) -> Sequence[int]:
-    """Steps at which held-out items were looked at, and that at which the first audits close."""
-    steps = {int(step) for s in record.matching("val/*").values() for step in s.steps}
-    return sorted(step for step in steps | {min(AUDITED, record.last_step)} if step > 0)
-
-
-def until(record: Record, step: int) -> Record:
-    """What was known of a run at a step; facts from the first audits on, or the first look at held-out items."""
-    seen = any(s.steps[0] <= step for s in record.matching("val/loss/*").values())
-    facts = {name: fact for name, fact in record.facts.items() if seen or name not in VALIDATION}
-    series = {name: s.at(s.steps <= step) for name, s in record.series.items() if s.steps[0] <= step}
-    running = step < record.last_step
-    return replace(record, facts=facts, series=series, logged=series if record.logged else {}, running=running)
 
 
 def write(outcomes: Sequence[Outcome], file: Path) -> None:

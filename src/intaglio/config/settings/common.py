@@ -89,6 +89,7 @@ class TrainConfig:
         patience: looks without a better ``monitor`` after which the run stops, and the model has the best look's
             weights; 0 never stops early, and it has the last ones.
         monitor: name of the held-out quantity that says which checkpoint is best.
+        draws: which order and noise; another number gives others on the same split, from the same weights.
     """
 
     steps: int | None = None
@@ -106,6 +107,11 @@ class TrainConfig:
     keep: int = 2
     patience: int = 0
     monitor: str = "val/loss/total"
+    draws: int = 0
+
+    def drawn_by(self, seed: int) -> int:
+        """The seed of order and noise: the run's own for ``draws`` 0."""
+        return seed + 1_000_003 * self.draws
 
 
 @dataclass(frozen=True)
