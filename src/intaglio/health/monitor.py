@@ -187,7 +187,9 @@ class Monitor:
 
     def look(self) -> Diagnosis:
         """Reads the probe at every tap, and judges; called by ``step``, and whenever you like."""
-        self._parameters = list(self.model.parameters())  # some may have been added
+        self._parameters = list(self.model.parameters())  # some may have been added, or thawed
+        if self.optimizer is not None:
+            self.facts["not_in_optimizer"] = audits.not_in_optimizer(self.model, self.optimizer)
         found = panel.Panel({}, {})
         if self.taps and self.probe is not None:
             for site, output in self._tapped().items():

@@ -362,12 +362,12 @@ def quantiser_loss_missing(record: Record, limits: Limits) -> Iterator[Finding |
         )
 
 
-RULES: tuple[Rule, ...] = (
-    codebook_collapse,
-    codes_dead,
-    codes_displaced,
-    codes_shrink,
+RULES: tuple[Rule, ...] = (  # causes first
+    quantiser_loss_missing,
     codes_polluted,
     revival_threshold,
-    quantiser_loss_missing,
+    codes_displaced,
+    codes_dead,
+    codes_shrink,
+    codebook_collapse,
 )

@@ -93,6 +93,7 @@ def condition_ignored(record: Record, limits: Limits) -> Iterator[Finding | NotM
 
 @rule(
     id="unfaithful",
+    symptom=True,
     concerns=("diffusion",),
     source="Ravuri & Vinyals 2019 (classification accuracy), here of the samples by a classifier of real images",
     case="D",

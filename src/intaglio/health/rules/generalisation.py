@@ -43,8 +43,13 @@ def no_learning(record: Record, limits: Limits) -> Iterator[Finding | NotMeasure
         twin = "train" + name.removeprefix("val") if name.startswith("val/") else name
         if twin != name and twin in known:
             continue  # on held-out items alone it is overfitting
+        held_out = known.get("val" + name.removeprefix("train")) if name.startswith("train/") else None
+        if held_out is not None and held_out.null and held_out.value < (1 - limits["share"]) * held_out.null:
+            continue  # training has something that held-out items have not: noise, dropout, smoothed labels
         late = s.values[-max(1, len(s) // 4) :] if len(s) >= FEWEST and name.startswith("train/") else s.values[-1:]
         value = float(np.median(late))  # of single batches one alone says little
+        if len(s) >= 4 * FEWEST and float(rolling_median(s.values, FEWEST).min()) < (1 - 10 * limits["share"]) * s.null:
+            continue  # it had learnt, and has lost it: see diverged
         if s.null > 0 and value >= (1 - limits["share"]) * s.null and record.settled(s):
             yield Finding(
                 "no-learning",

@@ -94,6 +94,7 @@ def _like_a_bias(record: Record, limits: Limits) -> Iterator[Finding | NotMeasur
 
 @rule(
     id="rank-collapse",
+    symptom=True,
     source="Roy & Vetterli 2007; Garrido et al. 2023",
     case="J: 7 of 256",
     needs=("val/*/covariance_rank",),
@@ -128,6 +129,7 @@ def rank_collapse(record: Record, limits: Limits) -> Iterator[Finding | NotMeasu
 
 @rule(
     id="anisotropic",
+    symptom=True,
     source="Gao et al. 2017; Rudman et al. 2022 (IsoScore)",
     case="J: measured its own 1e-6",
     needs=("val/*/participation_ratio",),

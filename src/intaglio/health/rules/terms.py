@@ -114,7 +114,9 @@ def weight_not_applied(record: Record, limits: Limits) -> Iterator[Finding | Not
     due = np.zeros(len(total))
     for term, s in parts.items():
         w, rows = weights.get(f"train/weight/{term}"), np.isin(total.steps, s.steps)  # a term may begin later
-        if w is None or not np.array_equal(w.steps, s.steps) or not np.array_equal(s.steps, total.steps[rows]):
+        if w is None:  # of another optimizer, as a discriminator's
+            continue
+        if not np.array_equal(w.steps, s.steps) or not np.array_equal(s.steps, total.steps[rows]):
             yield NotMeasured(f"the term {term} or its weight is not logged in the rows of the total")
             return
         due[rows] += w.values * s.values
@@ -142,15 +144,16 @@ def weight_not_applied(record: Record, limits: Limits) -> Iterator[Finding | Not
 def stopped_in_ramp(record: Record, limits: Limits) -> Iterator[Finding | NotMeasured]:
     """Early stopping can end a run before a ramp has, or judges by a loss whose weights move.
 
-    Seen by the last step at which a logged weight moved, against the first at which patience can run out.
+    Seen by the last step at which a logged weight moved, against the first at which patience can run out, or where that
+    is not known, at which training ended.
 
     ``patient_from``: the step up to which no look counts towards an early stop.
     """
     train = record.config.get("train") or {}
-    if "patience" not in train:
-        yield NotMeasured("whether and when training may stop early is not known")
-        return
     moving = {n.rsplit("/", 1)[1]: s for n, s in record.matching("train/weight/*").items() if np.ptp(s.values) > 0}
+    if "patience" not in train:
+        yield from _ended_early(record, moving)
+        return
     if not train["patience"] or not moving:
         return
     every = train.get("validate_every") or 1
@@ -176,6 +179,24 @@ def stopped_in_ramp(record: Record, limits: Limits) -> Iterator[Finding | NotMea
                 (Remedy("choose by a term without a moving weight: --train.monitor val/loss/reconstruction"),),
                 step=end,
             )
+
+
+def _ended_early(record: Record, moving: dict[str, Series]) -> Iterator[Finding | NotMeasured]:
+    """Of a training whose patience is not known: it ended before its time, and a weight was still on its way."""
+    if record.running or record.steps is None:
+        yield NotMeasured("whether and when training may stop early is not known")
+    elif record.last_step < record.steps:
+        for term, s in moving.items():
+            if len(s) > 1 and s.values[-1] != s.values[-2]:
+                yield Finding(
+                    "stopped-in-ramp",
+                    "warning",
+                    f"Training ended at step {record.last_step:,} of {record.steps:,}, and the weight of {term} was "
+                    "still moving.",
+                    {"last": float(record.last_step), "steps": float(record.steps)},
+                    (Remedy("let looks count towards an early stop from the end of the ramp on"),),
+                    step=record.last_step,
+                )
 
 
 def _done(record: Record, name: str, share: float) -> bool:

@@ -14,7 +14,7 @@ from intaglio.history import NotMeasured
     case="E: exactly 0",
     needs=("val/*/shuffled_latent_nats",),
     log="the trial that exchanges latents: a monitor with a caption loss runs it",
-    limits={"nats": 0.05, "weak": 0.2},
+    limits={"nats": 0.05, "weak": 0.2, "nothing": 0.001},
 )
 def decoder_ignores_latent(record: Record, limits: Limits) -> Iterator[Finding]:
     """Captions do not depend on the image.
@@ -46,7 +46,7 @@ def decoder_ignores_latent(record: Record, limits: Limits) -> Iterator[Finding]:
             )
             continue
         low = record.get(f"{name}_low")
-        ignored = s.value < limits["nats"] and (low is None or low.value <= 0)
+        ignored = s.value < limits["nats"] and (low is None or low.value <= 0 or s.value < limits["nothing"])
         yield Finding(
             "decoder-ignores-latent",
             "fail" if ignored else "warning",
@@ -135,7 +135,7 @@ def vocabulary_unreachable(record: Record, limits: Limits) -> Iterator[Finding]:
     case="V",
     needs=("val/*/object_forced", "val/*/accuracy_forced"),
     log="both shares on the same held-out items, as val/SITE/accuracy and val/SITE/accuracy_forced",
-    limits={"gap": 0.15},
+    limits={"gap": 0.15, "lost": 0.5},
 )
 def free_running_gap(record: Record, limits: Limits) -> Iterator[Finding | NotMeasured]:
     """Good under teacher forcing, poor when generating.
@@ -150,7 +150,7 @@ def free_running_gap(record: Record, limits: Limits) -> Iterator[Finding | NotMe
         elif forced.value - free.value > limits["gap"]:
             yield Finding(
                 "free-running-gap",
-                "warning",
+                "fail" if free.value < limits["lost"] * forced.value else "warning",
                 f"Given the true words before each, the model is right in {forced.value:.0%} of cases; writing on its "
                 f"own, in {free.value:.0%}.",
                 {"forced": forced.value, "free": free.value},

@@ -93,6 +93,7 @@ def non_finite(record: Record, limits: Limits) -> Iterator[Finding]:
 
 @rule(
     id="diverged",
+    symptom=True,
     source="robust z-score: Iglewicz & Hoaglin 1993",
     case="V and J: gradients to 81",
     needs=MINIMISED,
@@ -164,7 +165,8 @@ def _lost(curves: Mapping[str, Series], record: Record) -> Iterator[Finding]:
     for name, x in stretches.items():
         if x is None or x.recovered or not name.startswith("train/"):
             continue
-        others = [y for n, y in stretches.items() if n.startswith("val/") and len(curves[n]) >= FEWEST]
+        held_out = {n: c for n, c in curves.items() if n.startswith("val/") and len(c) >= FEWEST}
+        others = [stretches[n] for n, c in held_out.items() if c.steps[-1] >= x.first]  # it looked there
         seen = [y for y in others if y is not None and not y.recovered and y.last >= x.first]
         where = f"from step {x.first:,} on" if x.at_end else f"from step {x.first:,} to {x.last:,}"
         yield Finding(
@@ -246,12 +248,15 @@ def learning_rate_off(record: Record, limits: Limits) -> Iterator[Finding | NotM
     """The applied rate is not the configured one.
 
     Seen by each logged rate, which is read from the optimizer, against the configured schedule at that optimizer step,
-    times the factor of its part where it has one.
+    times the factor of its part where it has one. Where none is configured: a rate of 0, and a course that ends amid
+    its fall, is at its floor for most of the run, or is warmed up again and again.
     """
     optim, logged = record.config.get("optim"), record.matching(*RATES)
     if optim is None or record.steps is None:
         for s in logged.values():
             yield from _no_rate(finite(s))
+            if record.steps is not None and not record.running and record.last_step >= 0.95 * record.steps:
+                yield from _odd_course(finite(s))
         yield NotMeasured("there is no configured schedule to hold it against")
         return
     factors, found = record.config.get("rates") or {}, []
@@ -300,6 +305,42 @@ def _no_rate(s: Series) -> Iterator[Finding]:
             {"share": float(zero.mean()), "step": first},
             candidates=("the schedule was built for fewer steps", "the rate is rounded to 0 when it is logged"),
             step=first,
+        )
+
+
+def _odd_course(s: Series) -> Iterator[Finding]:
+    """A rate whose course, seen whole, is that of a schedule for another number of steps."""
+    if len(s) < 2 * FEWEST or s.values.max() <= 0:
+        return
+    share = s.values / s.values.max()
+    peak = int(share.argmax())
+    change = np.diff(share)
+    anew = [k for k in np.flatnonzero(change < -0.5 * share[:-1]) if share[k + 1 :][:10].max() > 2 * share[k + 1]]
+    after, falls = share[peak:], -np.diff(share[peak:])
+    message = ""
+    if len(anew) >= 2:
+        message = f"The rate falls at once and climbs again {len(anew)} times: it is warmed up anew."
+        step = int(s.steps[anew[0] + 1])
+    elif len(after) >= FEWEST and (falls >= -1e-9).all() and after[-1] < 0.99:
+        gradual = int((falls > 1e-9).sum()) >= 5
+        flat = int(np.flatnonzero(after > 1.01 * after[-1])[-1]) + 1
+        late = falls[-max(3, len(falls) // 10) :].mean()
+        if gradual and len(after) - flat > 0.6 * len(share):
+            message = f"The rate has reached its floor at step {int(s.steps[peak + flat]):,}, and stays there."
+        elif gradual and after[-1] > 0.3 and late > 0.8 * falls.mean():
+            message = f"The rate ends at {after[-1]:.0%} of its peak, and still falls as fast as ever."
+        step = int(s.steps[-1])
+    if message:
+        yield Finding(
+            "learning-rate-off",
+            "warning",
+            message,
+            {"last": float(s.values[-1]), "peak": float(s.values.max())},
+            candidates=(
+                "the schedule was built for another number of steps: compare the two",
+                "it is stepped once for each micro-batch or epoch: call it once for each optimizer step",
+            ),
+            step=step,
         )
 
 
