@@ -89,8 +89,10 @@ __all__ = [
     "to_dict",
 ]
 
-STRUCTURAL = ("model.", "data.", "prior.", "system", "seed", "optim.kind", "train.ema", "train.accumulate")
-STRUCTURAL += ("loss.objective", "loss.queue", "stages", "rates")
+STRUCTURAL = (
+    "model.", "data.", "prior.", "system", "seed", "stages", "rates", "optim.kind", "train.ema", "train.accumulate",
+    "loss.objective", "loss.queue",
+)  # fmt: skip
 """Beginnings of keys that decide what a checkpoint holds."""
 
 

@@ -63,7 +63,7 @@ class Shapes(Corpus):
 
     def captions(self, i: int) -> tuple[str, ...]:
         form, colour, size, row, column = self._made[1][i]
-        told = ["a", *["large"] * int(size), KINDS[colour], FORMS[form]]
+        told = ["a", KINDS[colour], FORMS[form], *["of", "great", "size"] * int(size)]
         told += [] if row == 1 == column else ["at", "the", *{0: ["top"], 2: ["bottom"]}.get(int(row), [])]
         return (" ".join([*told, *{0: ["left"], 2: ["right"]}.get(int(column), [])]),)
 
