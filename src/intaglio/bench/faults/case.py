@@ -5,7 +5,7 @@ whose entry is ``train(folder, seed, **options)``; that of one of our systems na
 the text of the program, or other options.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -20,6 +20,14 @@ class Change:
     old: str
     new: str
     module: str = ""
+
+
+@dataclass(frozen=True)
+class Made:
+    """The value of an option that is made when a training begins, as a folder with files: ``by(*of)``."""
+
+    by: Callable[..., str]
+    of: tuple[Any, ...] = ()
 
 
 @dataclass(frozen=True)

@@ -82,11 +82,12 @@ def change_ours(changes: Sequence[Change]) -> None:
         ValueError: there is no such module, it was imported before, or what is to be replaced is not there once.
     """
     finder = _Finder(changes)
-    for name, of_it in finder.changes.items():
+    for name in finder.changes:
         if name in sys.modules:
             raise ValueError(f"{name} was imported before it could be changed")
+    sys.meta_path.insert(0, finder)  # before any search: to find a module imports the packages that it lies in
+    for name, of_it in finder.changes.items():
         spec = importlib.util.find_spec(name)
         if spec is None or spec.origin is None:
             raise ValueError(f"there is no module {name} to change")
         replaced(Path(spec.origin).read_text(encoding="utf-8"), of_it, name)
-    sys.meta_path.insert(0, finder)

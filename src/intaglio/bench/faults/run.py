@@ -17,7 +17,7 @@ from types import ModuleType
 from typing import Any
 
 from intaglio.bench.faults import families as ours
-from intaglio.bench.faults.case import Case, Family, cases
+from intaglio.bench.faults.case import Case, Family, Made, cases
 from intaglio.bench.faults.change import change_ours, program, source_of
 
 SECONDS = 900.0
@@ -104,7 +104,8 @@ def digest(case: Case, family: ModuleType) -> str:
     """Of all that decides on a training but the versions of libraries, and our own systems' text."""
     text = "" if case.family.recipe else source_of(family)
     kind = {k: v for k, v in asdict(case.kind).items() if k in ("changes", "options", "static")}
-    said = json.dumps([text, case.family.recipe, kind, case.options, case.seed], sort_keys=True, default=str)
+    told = [text, case.family.recipe, kind, case.options, case.seed]
+    said = json.dumps(told, sort_keys=True, default=lambda x: x.of if isinstance(x, Made) else x.__name__)
     return hashlib.sha256(said.encode()).hexdigest()[:16]
 
 
@@ -202,6 +203,8 @@ def _able(folder: Path) -> dict[str, list[float]]:
 
 
 def _word(value: Any) -> str:
+    if isinstance(value, Made):
+        return value.by(*value.of)
     if isinstance(value, bool) or value is None:
         return json.dumps(value)
     return json.dumps(value) if isinstance(value, list | dict) else str(value)

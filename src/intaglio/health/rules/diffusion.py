@@ -473,7 +473,8 @@ def schedule_mismatch(record: Record, limits: Limits) -> Iterator[Finding]:
         )
 
 
-RULES: tuple[Rule, ...] = (
+RULES: tuple[Rule, ...] = (  # causes first
+    ema_lag,
     condition_ignored,
     null_mismatch,
     schedule_mismatch,
@@ -481,6 +482,5 @@ RULES: tuple[Rule, ...] = (
     over_stylised,
     unfaithful,
     memorised,
-    ema_lag,
     round_trip_ceiling,
 )

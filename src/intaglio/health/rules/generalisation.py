@@ -389,7 +389,8 @@ def log_distorted(record: Record, limits: Limits) -> Iterator[Finding | NotMeasu
         return
     top = float(s.values.max())
     at_top = np.abs(s.values / top - 1) < limits["relative"] if top > 0 else np.zeros(len(s), bool)
-    if at_top.mean() > limits["share"] and np.ptp(s.values) > 0:
+    clip = (record.config.get("optim") or {}).get("clip") or np.inf
+    if at_top.mean() > limits["share"] and (np.ptp(s.values) > 0 or abs(top / clip - 1) < limits["relative"]):
         yield Finding(
             "log-distorted",
             "warning",
