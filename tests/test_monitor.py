@@ -2,6 +2,8 @@
 
 import json
 import math
+import subprocess
+import sys
 
 import lightning as L
 import pytest
@@ -297,3 +299,15 @@ def test_ids_are_refused_with_what_to_do(tmp_path):
     )
     with pytest.raises(ValueError, match=r"latents are torch.int64; .* embed or cast them"):
         monitor.look()
+
+
+@pytest.mark.parametrize(("seeding", "known"), [("", None), ("torch.manual_seed(7)", 7), ("torch.seed()", None)])
+def test_a_seed_that_nobody_set_is_none(seeding, known, tmp_path):
+    program = f"""
+import torch
+from intaglio.health.monitor import Monitor
+{seeding}
+Monitor(torch.nn.Linear(2, 2), folder={str(tmp_path / "run")!r})
+"""
+    subprocess.run([sys.executable, "-c", program], check=True)
+    assert json.loads((tmp_path / "run" / "run.json").read_text())["seed"] == known

@@ -258,9 +258,11 @@ def _export(a: Arguments) -> int:
 def _bench(a: Arguments) -> int:
     from intaglio.bench import run_benchmark
 
-    options = {"level": a.level, "jobs": a.jobs, "only": a.only or (), "more": a.more} if a.what == "faults" else {}
-    if a.what != "faults" and (a.level != "full" or a.jobs or a.only or a.more):
-        raise ValueError("--level, --jobs, --only and --more are options of intaglio bench faults.")
+    options: dict[str, Any] = {}
+    if a.what == "faults":
+        options = {"level": a.level, "jobs": a.jobs, "only": a.only or (), "more": a.more, "minutes": a.minutes}
+    elif a.level != "full" or a.jobs or a.only or a.more or a.minutes:
+        raise ValueError("--level, --jobs, --only, --more and --minutes are options of intaglio bench faults.")
     return run_benchmark(a.what, a.out, a.data, **options)
 
 
@@ -413,6 +415,7 @@ def _parser() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentParse
     p.add_argument("--level", choices=("smoke", "full"), default="full", help="of faults: some minutes, or everything")
     p.add_argument("--jobs", type=int, metavar="N", help="of faults: trainings at once (one for each core)")
     p.add_argument("--only", action="append", metavar="FAMILY", help="of faults: this family (may be repeated)")
+    p.add_argument("--minutes", type=float, metavar="N", help="of faults: begin no other training after that long")
     p.add_argument("--more", metavar="FOLDER", help="of faults: Python files with families of your own")
     return parser, verbs.choices
 

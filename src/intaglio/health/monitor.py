@@ -44,7 +44,10 @@ AUDITED = 3
 
 
 UNSEEDED = 67280421310721
-"""The seed of PyTorch's generator in a process where nobody set one."""
+"""The seed of PyTorch's generator in a process where nobody set one, in versions that do not draw it."""
+
+WRITTEN = 2**32
+"""Seeds from here on are drawn by PyTorch, in a fresh process or by ``torch.seed()``, and written by nobody."""
 
 
 class Stopped(RuntimeError):
@@ -453,6 +456,12 @@ def _module(model: nn.Module, path: str) -> nn.Module:
     return modules[path]
 
 
+def _seed() -> int | None:
+    """The seed that somebody set, or None."""
+    seed = torch.initial_seed()
+    return None if seed == UNSEEDED or seed >= WRITTEN else seed
+
+
 def _new_folder(path: Path, steps: int | None) -> RunFolder:
     if (path / "run.json").is_file():
         raise ValueError(f"{path} holds a run already; give the monitor a folder of its own.")
@@ -462,6 +471,6 @@ def _new_folder(path: Path, steps: int | None) -> RunFolder:
     versions = {"torch": torch.__version__}
     folder.update(
         id=uuid.uuid4().hex[:12], name=path.name, system=None, started=started, status="running", steps=steps,
-        versions=versions, notices=[], seed=None if torch.initial_seed() == UNSEEDED else torch.initial_seed(),
+        versions=versions, notices=[], seed=_seed(),
     )  # fmt: skip
     return folder

@@ -1,7 +1,8 @@
 """Are our verdicts right? Trainings into which a fault was put, and healthy ones: ``intaglio bench faults``.
 
     intaglio bench faults --level smoke          # two faults and a healthy training of each program: five minutes
-    intaglio bench faults                        # everything, hours; goes on where it was stopped
+    intaglio bench faults                        # everything; goes on where it was stopped
+    intaglio bench faults --minutes 30           # as much of it as begins within half an hour
     intaglio bench faults --only vae --more mine # one family; and those of your own folder
 
 Trainings are kept in ``runs/bench-faults/<family>/<case>-<seed>``, with a table of all outcomes as Parquet beside them.
@@ -20,7 +21,11 @@ PLACE = Path("runs") / "bench-faults"
 
 
 def measure(
-    level: str = "full", jobs: int | None = None, only: Sequence[str] = (), more: str | None = None
+    level: str = "full",
+    jobs: int | None = None,
+    only: Sequence[str] = (),
+    more: str | None = None,
+    minutes: float | None = None,
 ) -> tuple[list[Result], dict[str, Any]]:
     """Runs what is left of a level, judges it, and scores it.
 
@@ -39,7 +44,8 @@ def measure(
     if unknown := sorted(set(only) - families.keys()):
         raise ValueError(f"There is no family {', '.join(unknown)}; there are {', '.join(families)}.")
     wanted = list(cases({n: f for n, f in families.items() if not only or n in only}, level))
-    run.run_all(wanted, PLACE, jobs or os.cpu_count() or 1, folder, lambda line: print(line, flush=True))
+    jobs = jobs or os.cpu_count() or 1
+    left = run.run_all(wanted, PLACE, jobs, folder, lambda line: print(line, flush=True), minutes)
     outcomes = [judge.judged(case, record, PLACE / case.name) for case, record in run.records(wanted, PLACE)]
     judge.write(outcomes, PLACE / "outcomes.parquet")
     explained = yaml.safe_load((files("intaglio.bench.faults") / "explained.yaml").read_text(encoding="utf-8")) or {}
@@ -48,6 +54,7 @@ def measure(
     return score.scores(published or outcomes), {
         "level": level,
         "trainings": len(outcomes),
+        "left": left,
         "development": [vars(r) for r in score.scores([o for o in outcomes if o.split == "development"])],
         "families": score.by_family(outcomes),
         "rules": score.by_rule(outcomes, rules),

@@ -32,8 +32,9 @@ def page(found: dict[str, Any]) -> str:
     cases = {key: key for key in ("case", "rule", "training", "named", "step", "evidence")}
     parts = [
         "# The fault benchmark: results",
-        f"{found['trainings']} trainings, made by `intaglio bench faults`. How it works, and what it does not cover, "
-        "stands in [the fault benchmark](faults.md).",
+        f"{found['trainings']} trainings, made by `intaglio bench faults`"
+        + (f"; {found['left']} of its catalogue are still to be run" if found["left"] else "")
+        + ". How it works, and what it does not cover, stands in [the fault benchmark](faults.md).",
         "## Judged families",
         "No limit of a rule was set on them: they were written without sight of what the rules say of them.",
         markdown([_result(r) for r in found["results"]]),

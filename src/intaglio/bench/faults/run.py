@@ -60,10 +60,21 @@ def _files(more: Path | None) -> dict[str, Path]:
     return {file.stem: file for file in files}
 
 
-def run_all(wanted: Sequence[Case], place: Path, jobs: int, more: Path | None, say: Callable[[str], None]) -> None:
-    """Runs every case that has not been run as it stands, ``jobs`` at once."""
+def run_all(
+    wanted: Sequence[Case],
+    place: Path,
+    jobs: int,
+    more: Path | None,
+    say: Callable[[str], None],
+    minutes: float | None = None,
+) -> int:
+    """Runs every case that has not been run as it stands, ``jobs`` at once; after ``minutes`` it begins no other one.
+
+    Returns how many are left. What is seen before training goes first.
+    """
     known = {name: module(name, more) for name in {case.family.name for case in wanted}}
     left = [case for case in wanted if not is_there(case, place, known[case.family.name])]
+    left.sort(key=lambda case: not getattr(case.kind, "static", False))
     if len(left) < len(wanted):
         say(f"{len(wanted) - len(left)} of {len(wanted)} trainings are there already")
     context = mp.get_context("forkserver")
@@ -72,6 +83,8 @@ def run_all(wanted: Sequence[Case], place: Path, jobs: int, more: Path | None, s
 
     def one(case: Case) -> None:
         nonlocal done
+        if minutes is not None and time.monotonic() - begun > 60 * minutes:
+            return
         folder = place / case.name
         shutil.rmtree(folder, ignore_errors=True)
         folder.parent.mkdir(parents=True, exist_ok=True)
@@ -87,12 +100,13 @@ def run_all(wanted: Sequence[Case], place: Path, jobs: int, more: Path | None, s
         record = _read(folder) | {"digest": digest(case, known[case.family.name])}
         _write(folder, record)
         done += 1
-        minutes = (time.monotonic() - begun) / done * (len(left) - done) / 60
+        rest = (time.monotonic() - begun) / done * (len(left) - done) / 60
         took = f"{record['status']}, {record.get('seconds', 0):.0f} s"
-        say(f"{done}/{len(left)} {case.name}: {took}; {minutes:.0f} min left")
+        say(f"{done}/{len(left)} {case.name}: {took}; {rest:.0f} min left")
 
     with ThreadPoolExecutor(jobs) as pool:
         list(pool.map(one, left))
+    return len(left) - done
 
 
 def is_there(case: Case, place: Path, family: ModuleType) -> bool:

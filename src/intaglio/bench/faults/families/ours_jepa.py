@@ -142,7 +142,13 @@ FAULTS = (
     Fault(
         "relations-at-many-times-the-rest",
         "The weight of relations was meant for a mean over a thousand pairs that was taken already.",
-        ("term-dominates",), options={"loss.relational": 200.0}, case="J term-dominates", minor=True,
+        ("term-dominates",), options={"loss.relational": 200.0}, minor=True,
+    ),
+    Fault(
+        "relations-in-fine-tuning",
+        "A trained model goes on with relations beside InfoNCE, at a weight that makes them all of the gradient.",
+        ("term-dominates",), case="J term-dominates", minor=True,
+        changes=(before("--loss.relational=70", "--optim.rate=1e-5", "--optim.floor=1e-6"),),
     ),
     Fault(
         "rate-in-the-wrong-unit",
@@ -229,13 +235,13 @@ FAULTS = (
         changes=(Change(HEAD, HEAD.replace("out)", "1), nn.Linear(1, out)"), MODEL),),
     ),
     Fault(
-        "one-number-a-hundred-times-as-large",
+        "one-number-ten-times-as-large",
         "The scale of the head's first number was left from an experiment.",
         ("anisotropic", "rank-collapse"), case="J anisotropic", minor=True,
         changes=(
             Change("        return self.embed(slots_MD.flatten(-2))\n\n    def predict(",
                    "        scale = slots_MD.new_ones(self.embed[-1].out_features)\n"
-                   "        scale[0] = 100\n"
+                   "        scale[0] = 10\n"
                    "        return scale * self.embed(slots_MD.flatten(-2))\n\n    def predict(", MODEL),
         ),
     ),
@@ -251,7 +257,7 @@ FAULTS = (
     Fault(
         "no-code-is-revived",
         "Codes start as noise of the slots' size, and those that miss them are never revived.",
-        ("codes-dead", "codebook-collapse"), case="J codes-dead", minor=True, options={"model.codes": 64},
+        ("codes-dead", "codebook-collapse"), case="J codes-dead", options={"model.codes": 64},
         changes=(Change(START, START.replace("False", "True"), CODES), Change("revive=0.3", "revive=0.0", MODEL)),
     ),
     Fault(
