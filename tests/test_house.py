@@ -83,6 +83,8 @@ def test_files_are_short():
 def test_public_things_have_docstrings():
     bare = []
     for source in SOURCES:
+        if source.parent.name == "families" and not source.name.startswith("_"):
+            continue  # programs of other people, as they write them
         module = ast.parse(source.read_text())
         public = [
             node

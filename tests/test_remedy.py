@@ -96,6 +96,7 @@ def test_a_remedy_is_tried_beside_a_control_and_the_run_stays_as_it_is(collapsed
     assert everything(tmp_path / "a-remedies" / control.path.name) == made
 
 
+@pytest.mark.slow
 def test_a_change_that_helps_is_better_and_a_sham_is_not(collapsed, tmp_path, shapes):
     def arm(name: str, *words: str) -> list[Path]:
         given = (f"--data.source={shapes}", *SHAPES, *SHORT, *words)

@@ -148,11 +148,13 @@ class System(L.LightningModule):
     def on_train_start(self) -> None:
         """A resumed optimizer brings rate, decay and betas of its old configuration; the present one decides."""
         schedule: Any = self.lr_schedulers()
-        schedule.base_lrs = [ours["initial_lr"] for ours in self._settings]
-        for group, ours, share in zip(
-            schedule.optimizer.param_groups, self._settings, schedule.lr_lambdas, strict=True
-        ):
-            group.update(ours, lr=ours["initial_lr"] * share(schedule.last_epoch))
+        groups = schedule.optimizer.param_groups
+        if self.global_step:
+            schedule.base_lrs = [ours["initial_lr"] for ours in self._settings]
+            for group, ours in zip(groups, self._settings, strict=True):
+                group.update(ours)
+        for group, base, share in zip(groups, schedule.base_lrs, schedule.lr_lambdas, strict=True):
+            group["lr"] = base * share(schedule.last_epoch)
 
     def configure_gradient_clipping(self, optimizer: torch.optim.Optimizer, *args: Any, **kwargs: Any) -> None:
         """Clips to ``optim.clip`` and stops before a non-finite gradient reaches the weights."""

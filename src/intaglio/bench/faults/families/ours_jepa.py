@@ -235,13 +235,13 @@ FAULTS = (
         changes=(Change(HEAD, HEAD.replace("out)", "1), nn.Linear(1, out)"), MODEL),),
     ),
     Fault(
-        "one-number-ten-times-as-large",
+        "one-number-a-hundred-times-as-large",
         "The scale of the head's first number was left from an experiment.",
-        ("anisotropic", "rank-collapse"), case="J anisotropic", minor=True,
+        ("anisotropic", "rank-collapse"), case="J anisotropic",
         changes=(
             Change("        return self.embed(slots_MD.flatten(-2))\n\n    def predict(",
                    "        scale = slots_MD.new_ones(self.embed[-1].out_features)\n"
-                   "        scale[0] = 10\n"
+                   "        scale[0] = 100\n"
                    "        return scale * self.embed(slots_MD.flatten(-2))\n\n    def predict(", MODEL),
         ),
     ),
@@ -374,7 +374,11 @@ FAMILY = Family(
     healthy=(
         Healthy("codes", seeds=(0, 1)),
         Healthy("plain-adamw", options={"optim.kind": "adamw", "optim.rate": 2e-3} | PLAIN),
-        Healthy("lejepa", "The prediction rises while SIGReg moves embeddings apart.", options=LEJEPA | PLAIN),
+        Healthy(
+            "lejepa",
+            "The prediction rises while SIGReg moves embeddings apart.",
+            options=LEJEPA | PLAIN | {"train.steps": 320},
+        ),
         Healthy("queue", options=QUEUE),
         Healthy("fsq", options={"model.quantiser": "fsq", "model.levels": [5, 5, 5], "loss.commitment": 0.0}),
         Healthy("constant-rate", options={"optim.schedule": "constant", "optim.rate": 1e-3, "model.width": 48}),

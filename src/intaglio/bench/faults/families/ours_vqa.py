@@ -65,6 +65,8 @@ OPTIONS: dict[str, Any] = {
     "model.dims": 4,
 }  # fmt: skip
 
+KL_LATER = [{"until": 0.25, "without": ["kl"]}]
+
 FAMILY = Family(
     "ours_vqa",
     "development",
@@ -339,7 +341,6 @@ FAMILY = Family(
             ("free-running-gap",),
             changes=(Change("(len(z_BKZ),), START, dtype", "(len(z_BKZ),), END, dtype", MODEL),),
             case="V free-running-gap",
-            minor=True,
         ),
         Fault(
             "every-question-looks-at-the-first-image",
@@ -363,7 +364,7 @@ FAMILY = Family(
         ),
     ),
     healthy=(
-        Healthy("plain", options={"train.steps": 240}, seeds=(0, 1)),
+        Healthy("plain", options={"train.steps": 240, "stages": KL_LATER}, seeds=(0, 1)),
         Healthy("deterministic", options={"model.bottleneck": "deterministic", "loss.kl": 0.0}),
         Healthy(
             "without-bottleneck-adamw",
@@ -376,7 +377,7 @@ FAMILY = Family(
                 "loss.floor": 1.5,
                 "loss.kl": 0.3,
                 "train.steps": 240,
-                "stages": [{"until": 0.25, "without": ["kl"]}],
+                "stages": KL_LATER,
             },
         ),
         Healthy(
