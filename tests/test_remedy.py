@@ -86,7 +86,7 @@ def test_a_remedy_is_tried_beside_a_control_and_the_run_stays_as_it_is(collapsed
     assert control.record.get("branched_at") == treated.record.get("branched_at")
     assert control.config().loss.kl == 30
     assert treated.config().loss.kl == pytest.approx(3)
-    assert control.config().train.steps == treated.config().train.steps
+    assert control.config().train.steps == treated.config().train.steps == control.record["branched_at"] + 20
     assert tried.verdict == "cannot tell"
     assert "posterior-collapse is found in" in tried.reason
     written = json.loads((tmp_path / "a-remedies" / "remedies.json").read_text())
@@ -94,6 +94,8 @@ def test_a_remedy_is_tried_beside_a_control_and_the_run_stays_as_it_is(collapsed
     made = everything(tmp_path / "a-remedies" / control.path.name)
     try_remedies(run, seeds=1, steps=20, most=1, say=lambda line: None)
     assert everything(tmp_path / "a-remedies" / control.path.name) == made
+    try_remedies(run, seeds=1, steps=10, most=1, say=lambda line: None)
+    assert RunFolder(control.path).config().train.steps == control.record["branched_at"] + 10
 
 
 @pytest.mark.slow

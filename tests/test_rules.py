@@ -232,6 +232,73 @@ CASES += [
 ]
 
 
+COSINE = 0.55 + 0.45 * np.cos(np.pi * STEPS / 2000)
+CASES += [
+    ("free-running-gap", {"val/caption/object_forced": looks(0.95), "val/caption/object": looks(0.3)}, ["fail"]),
+    (
+        "decoder-ignores-latent",
+        {"val/caption/shuffled_latent_nats": looks(6e-5), "val/caption/shuffled_latent_nats_low": looks(4e-5)},
+        ["fail"],
+    ),
+    (
+        "decoder-ignores-latent",
+        {"val/caption/shuffled_latent_nats": looks(0.02), "val/caption/shuffled_latent_nats_low": looks(0.01)},
+        ["warning"],
+    ),
+    ("no-learning", {"train/loss/a": series(0.8, null=0.71), "val/loss/a": looks(0.32, null=0.71)}, []),
+    ("no-learning", {"train/loss/a": series(0.8, null=0.71), "val/loss/a": looks(0.8, null=0.71)}, ["fail"]),
+    ("no-learning", {"train/loss/a": series(np.where(STEPS > 1200, 3.6, FALLING), null=3.3)}, []),
+    (
+        "weight-not-applied",
+        {"train/loss/a": series(1.0), "train/weight/a": series(0.5), "train/loss/discriminator": series(0.7)}
+        | {"train/loss/total": series(1.0)},
+        ["fail"],
+    ),
+    (
+        "weight-not-applied",
+        {"train/loss/a": series(1.0), "train/weight/a": series(0.5), "train/loss/discriminator": series(0.7)}
+        | {"train/loss/total": series(0.5)},
+        [],
+    ),
+]
+
+COURSES = {
+    "half a cosine": (1e-3 * (0.5 + 0.5 * np.cos(np.pi * STEPS / 4000)), 1),
+    "a floor from a quarter on": (np.where(STEPS < 500, 1e-3 * (0.55 + 0.45 * np.cos(np.pi * STEPS / 500)), 1e-4), 1),
+    "warmed up in every epoch": (1e-3 * np.minimum(1, (STEPS % 500) / 200 + 0.05), 1),
+    "a cosine": (1e-3 * COSINE, 0),
+    "constant": (np.full(len(STEPS), 1e-3), 0),
+    "warm restarts": (1e-3 * (0.55 + 0.45 * np.cos(np.pi * (STEPS % 500) / 500)), 0),
+    "steps": (1e-3 * np.where(STEPS < 500, 1.0, np.where(STEPS < 1500, 0.3, 0.1)), 0),
+    "exponential": (1e-3 * np.exp(-STEPS / 900), 0),
+    "linear to nothing": (1e-3 * (1 - STEPS / 2100), 0),
+}
+
+
+@pytest.mark.parametrize("course", COURSES)
+def test_a_rate_that_nobody_configured_is_read_by_its_course(course):
+    values, warned = COURSES[course]
+    record = Record({"train/optimizer/rate": series(values)}, steps=2000)
+    diagnosis = diagnose(record, rules=chosen(["learning-rate-off"]))
+    assert [f.severity for f in diagnosis.findings] == ["warning"] * warned, diagnosis.findings
+    cut = Record({"train/optimizer/rate": series(values)}, steps=8000)
+    assert not diagnose(cut, rules=chosen(["learning-rate-off"])).findings
+
+
+def test_a_training_that_ended_amid_a_ramp_is_told_without_a_configuration():
+    given = {"train/weight/kl": series(STEPS / 4000), "train/loss/kl": series(HEALTHY)}
+    for steps, expected in ((4000, ["warning"]), (2000, [])):
+        assert [
+            f.severity for f in diagnose(Record(given, steps=steps), rules=chosen(["stopped-in-ramp"])).findings
+        ] == expected
+
+
+def test_causes_are_told_before_symptoms():
+    given = {"train/loss/a": series(0.8, null=0.71)}
+    record = Record(given, facts={"dead_parameters": {"encoder": 1000}, "parameters": 1200})
+    assert [f.rule for f in diagnose(record).findings if f.severity == "fail"][-1] == "no-learning"
+
+
 @pytest.mark.parametrize(("rule", "given", "expected"), CASES, ids=[f"{c[0]}-{k}" for k, c in enumerate(CASES)])
 def test_a_rule_fires_on_its_fault_and_on_nothing_else(rule, given, expected):
     config = {"train": {"batch_size": 32}, "system": next(iter(chosen([rule])[0].concerns), None)}

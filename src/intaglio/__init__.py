@@ -14,9 +14,11 @@ ELSEWHERE = {
     "export": "intaglio.puzzles:export",
     "diagnose": "intaglio.analysis:diagnose",
     "judge": "intaglio.analysis:judge",
+    "remedies": "intaglio.training.remedy:remedies",
     "report": "intaglio.reports.report:write_report",
     "runs": "intaglio.reports.lineage:read_lineage",
     "sweep": "intaglio.training.sweep:sweep",
+    "try_remedies": "intaglio.training.remedy:try_remedies",
 }
 """Where the verbs are that need no model, or one of tasks or of questions."""
 

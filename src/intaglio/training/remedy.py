@@ -10,6 +10,7 @@ branches are processes of their own, and the run itself is only read.
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -197,10 +198,7 @@ class _Trial:
         return judged(proposal, control, treated)
 
     def _train(self, proposal: Proposal, name: str, changed: Mapping[str, str], k: int) -> None:
-        folder = self.place / name
-        if (folder / "evaluation.json").is_file():
-            return
-        config = self.folder.config()
+        folder, config = self.place / name, self.folder.config()
         begun = _step(Path(proposal.start)) if proposal.start else 0
         steps = begun + self.steps if self.steps else (config.train.steps or 0)
         given = {"train.steps": str(steps), **changed, "runs": str(self.place), "name": name}
@@ -210,7 +208,13 @@ class _Trial:
         else:
             words, program = [str(self.folder.path / "config.yaml")], ANEW
             given["seed"] = str(config.seed + k)
+        asked, told = self.place / f"{name}.json", json.dumps([words, given], indent=2) + "\n"
+        known = asked.is_file() and asked.read_text(encoding="utf-8") == told
+        if known and (folder / "evaluation.json").is_file():
+            return
+        shutil.rmtree(folder, ignore_errors=True)  # unfinished, or of other settings
         self.place.mkdir(parents=True, exist_ok=True)
+        write_atomically(asked, told)
         environment = dict(os.environ)
         if self.jobs > 1:
             environment.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // self.jobs)))
@@ -219,14 +223,15 @@ class _Trial:
                 [sys.executable, "-c", program, *words, *(f"--{key}={value}" for key, value in given.items())],
                 stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT, env=environment, check=False,
             )  # fmt: skip
-        self.say(f"{name}: {'finished' if (folder / 'evaluation.json').is_file() else 'did not finish'}")
+        ended = (folder / "evaluation.json").is_file()
+        self.say(f"{name}: finished" if ended else f"{name}: did not finish; see {self.place / f'{name}.log'}")
 
 
 def judged(proposal: Proposal, control: Sequence[Path], treated: Sequence[Path]) -> Tried:
     """Better, worse or cannot tell: by the held-out quantity, and by whether the finding is still made.
 
-    Better is a remedy that the comparison calls better, or equivalent, and after which the finding is made less often
-    than without it; worse one that it calls worse, or whose branches alone do not finish.
+    Better is a remedy that the comparison calls better, or equivalent, and with which the finding, made without it, is
+    made in no branch; worse one that it calls worse, or whose branches alone do not finish.
     """
     ended = [[(folder / "evaluation.json").is_file() for folder in arm] for arm in (control, treated)]
     before, after = (sum(_made(proposal, folder) for folder in arm) for arm in (control, treated))
@@ -235,10 +240,9 @@ def judged(proposal: Proposal, control: Sequence[Path], treated: Sequence[Path])
         held_out, reason = compared.verdict, compared.reason
     else:
         held_out, reason = _by_endings(*ended)
-    less = after < before
     if held_out == "worse":
         verdict = "worse"
-    elif held_out in ("better", "equivalent") and less and after == 0:
+    elif held_out in ("better", "equivalent") and before and not after:
         verdict = "better"
     else:
         verdict = "cannot tell"

@@ -153,7 +153,7 @@ def _foreign(case: Case, family: ModuleType, folder: Path) -> dict[str, Any]:
         able = names["train"](folder, case.seed, **case.options)
     except Stopped as stopped:
         status, error = "stopped", str(stopped)
-    except Exception:
+    except Exception:  # whatever a program with a fault raises is its outcome, told with its last lines
         status, error = "crashed", traceback.format_exc(limit=-4)
     seconds = time.perf_counter() - begun
     told = {name: list(map(float, pair)) for name, pair in able.items()}

@@ -23,7 +23,7 @@ OPTIONS: dict[str, Any] = {
 
 BRIEF: dict[str, Any] = {
     "train.steps": 24, "optim.warmup": 4, "train.validate_every": 8, "train.log_every": 2,
-    "sampling.each": 2, "sampling.steps": 2,
+    "sampling.each": 2, "sampling.steps": 8,
 }  # fmt: skip
 """Enough for what is wrong from the start; what is drawn then is noise."""
 
@@ -168,7 +168,7 @@ TRAINED = (
         "ε is predicted, whose error at much noise says nothing of the image.",
         ("high-noise-starved",),
         changes=(SHAPES,),
-        options={"loss.prediction": "epsilon", "train.steps": 150, "sampling.each": 2, "sampling.steps": 2},
+        options={"loss.prediction": "epsilon", "train.steps": 150, "sampling.each": 2, "sampling.steps": 8},
         case="D high-noise-starved",
     ),
     Fault(
