@@ -36,8 +36,8 @@ def page(found: dict[str, Any]) -> str:
         + (f"; {found['left']} of its catalogue are still to be run" if found["left"] else "")
         + ". How it works, and what it does not cover, stands in [the fault benchmark](faults.md).",
         "## Judged families",
-        "No limit of a rule was set on them: they were written without sight of what the rules say of them (how blind that "
-        "is, see [there](faults.md)).",
+        "No limit of a rule was set on them: they were written without sight of what the rules say of them; [how "
+        "blind](faults.md) that is.",
         markdown([_result(r) for r in found["results"]]),
         "## Development families",
         markdown([_result(r) for r in found["development"]]),
