@@ -38,7 +38,7 @@ def compared(outcomes: Sequence[Outcome], place: Path) -> list[dict[str, Any]]:
     logs = {o.name: log for o in outcomes if (log := written(place / o.name)) is not None}
     for name, judge in JUDGES.items():
         if find_spec(name) is None:
-            rows.append({"program": name, "version": None, "why": f"not installed: pip install {name}"})
+            rows.append({"program": name, "version": None, "why": "not installed: pip install 'intaglio[judges]'"})
             continue
         said = {o.name: judge(logs[o.name]) for o in outcomes if o.name in logs}
         faulty = [said[o.name] for o in outcomes if o.faulty and o.name in said]
