@@ -116,6 +116,35 @@ def test_weights_buffers_and_generator_are_what_they_are_without_it(kind, tmp_pa
     assert monitor.facts["changed_by_validation"] == []
 
 
+@pytest.mark.parametrize(("weights", "dead"), [([0.0] * 10 + [1.0] * 10, {}), ([0.0] * 20, {"second": 6})])
+def test_what_a_term_at_weight_0_will_train_is_not_dead_yet(tmp_path, weights, dead):
+    model = nn.ModuleDict({"first": nn.Linear(2, 2), "second": nn.Linear(2, 2)})
+    optimizer = torch.optim.Adam(model.parameters())
+    monitor = Monitor(model, optimizer, folder=tmp_path / "run")
+    for weight in weights:
+        terms = {
+            name: (part(torch.ones(2)).square().sum(), w)
+            for (name, part), w in zip(model.items(), (1, weight), strict=True)
+        }
+        optimizer.zero_grad()
+        sum(w * value for value, w in terms.values()).backward()
+        monitor.step(terms)
+        optimizer.step()
+    monitor.close()
+    assert monitor.facts["dead_parameters"] == dead
+
+
+def test_what_a_later_look_at_held_out_items_changes_is_seen(tmp_path):
+    model = Autoencoder()
+    monitor = Monitor(model, folder=tmp_path / "run")
+    for look in range(1, 5):
+        with monitor.validation():
+            if look == 4:  # as where a frozen encoder in eval mode was thawed
+                with torch.no_grad():
+                    next(model.parameters()).add_(1.0)
+        assert len(monitor.facts["changed_by_validation"]) == (look == 4)
+
+
 def test_what_is_tapped_is_what_the_module_gave_and_not_what_was_done_to_it_later(tmp_path):
     _, monitor, _ = fit(tmp_path / "run", InPlace)
     table = read_history(monitor.folder.metrics)

@@ -162,7 +162,8 @@ CASES = [
     ("codebook-collapse", {"train/vq/perplexity": series(20, null=500)}, ["fail"]),
     ("codebook-collapse", {"train/vq/perplexity": series(300, null=500)}, []),
     ("codebook-collapse", {"train/vq/perplexity": series(300)}, None),
-    ("codes-dead", {"train/vq/dead_share": series(0.9)}, ["warning"]),
+    ("codes-dead", {"train/vq/dead_share": series(0.9)}, ["fail"]),
+    ("codes-dead", {"train/vq/dead_share": series(0.3)}, ["warning"]),
     ("codes-dead", {"train/vq/mass_ratio": series(0.4)}, ["warning"]),
     ("codes-dead", {"train/vq/dead_share": series(0.01), "train/vq/mass_ratio": series(1.0)}, []),
     ("codes-displaced", {"train/vq/norm_ratio": series(60)}, ["fail"]),
@@ -263,24 +264,29 @@ CASES += [
 ]
 
 COURSES = {
-    "half a cosine": (1e-3 * (0.5 + 0.5 * np.cos(np.pi * STEPS / 4000)), 1),
-    "a floor from a quarter on": (np.where(STEPS < 500, 1e-3 * (0.55 + 0.45 * np.cos(np.pi * STEPS / 500)), 1e-4), 1),
-    "warmed up in every epoch": (1e-3 * np.minimum(1, (STEPS % 500) / 200 + 0.05), 1),
-    "a cosine": (1e-3 * COSINE, 0),
-    "constant": (np.full(len(STEPS), 1e-3), 0),
-    "warm restarts": (1e-3 * (0.55 + 0.45 * np.cos(np.pi * (STEPS % 500) / 500)), 0),
-    "steps": (1e-3 * np.where(STEPS < 500, 1.0, np.where(STEPS < 1500, 0.3, 0.1)), 0),
-    "exponential": (1e-3 * np.exp(-STEPS / 900), 0),
-    "linear to nothing": (1e-3 * (1 - STEPS / 2100), 0),
+    "half a cosine": (1e-3 * (0.5 + 0.5 * np.cos(np.pi * STEPS / 4000)), ["fail"]),
+    "a floor from a quarter on": (
+        np.where(STEPS < 500, 1e-3 * (0.55 + 0.45 * np.cos(np.pi * STEPS / 500)), 1e-4),
+        ["warning"],
+    ),
+    "warmed up in every epoch": (1e-3 * np.minimum(1, (STEPS % 500) / 200 + 0.05), ["fail"]),
+    "warmed up by epochs": (1e-3 * (STEPS // 250) / 8, ["fail"]),
+    "a cosine": (1e-3 * COSINE, []),
+    "constant": (np.full(len(STEPS), 1e-3), []),
+    "warm restarts": (1e-3 * (0.55 + 0.45 * np.cos(np.pi * (STEPS % 500) / 500)), []),
+    "warm restarts down to nothing": (1e-3 * (0.5 + 0.5 * np.cos(np.pi * (STEPS % 500) / 500)), []),
+    "steps": (1e-3 * np.where(STEPS < 500, 1.0, np.where(STEPS < 1500, 0.3, 0.1)), []),
+    "exponential": (1e-3 * np.exp(-STEPS / 900), []),
+    "linear to nothing": (1e-3 * (1 - STEPS / 2100), []),
 }
 
 
 @pytest.mark.parametrize("course", COURSES)
 def test_a_rate_that_nobody_configured_is_read_by_its_course(course):
-    values, warned = COURSES[course]
+    values, expected = COURSES[course]
     record = Record({"train/optimizer/rate": series(values)}, steps=2000)
     diagnosis = diagnose(record, rules=chosen(["learning-rate-off"]))
-    assert [f.severity for f in diagnosis.findings] == ["warning"] * warned, diagnosis.findings
+    assert [f.severity for f in diagnosis.findings] == expected, diagnosis.findings
     cut = Record({"train/optimizer/rate": series(values)}, steps=8000)
     assert not diagnose(cut, rules=chosen(["learning-rate-off"])).findings
 
@@ -297,6 +303,32 @@ def test_causes_are_told_before_symptoms():
     given = {"train/loss/a": series(0.8, null=0.71)}
     record = Record(given, facts={"dead_parameters": {"encoder": 1000}, "parameters": 1200})
     assert [f.rule for f in diagnose(record).findings if f.severity == "fail"][-1] == "no-learning"
+
+
+def test_a_warned_cause_is_as_grave_as_what_follows_from_it_and_told_first():
+    tied = {"tied_and_frozen": [["head.weight", "embedding.weight"]]}
+    rules = chosen(["no-learning", "tied-and-frozen", "spike"])
+    stands = Record({"train/loss/a": series(0.71, null=0.71)}, facts=tied)
+    cause, symptom = diagnose(stands, rules=rules).findings
+    assert (cause.rule, cause.severity, symptom.rule) == ("tied-and-frozen", "fail", "no-learning")
+    assert cause.message.endswith("It explains no-learning.")
+    learns = Record({"train/loss/a": series(HEALTHY, null=0.71)}, facts=tied)
+    assert [(f.rule, f.severity) for f in diagnose(learns, rules=rules).findings] == [("tied-and-frozen", "warning")]
+
+
+def test_symptoms_are_told_after_what_they_follow_from_and_are_not_made_graver():
+    rules = chosen(["trivial-pair", "rank-collapse"])
+    for rank, expected in ((1.2, ["rank-collapse", "trivial-pair"]), (5.0, ["trivial-pair", "rank-collapse"])):
+        given = {"val/pair/strangers_nats": series(0.0, null=0), "val/image/covariance_rank": series(rank, null=60)}
+        found = diagnose(Record(given, steps=2000), rules=rules).findings
+        assert [f.rule for f in found] == expected, found
+
+
+def test_held_out_losses_that_are_a_sum_beside_a_mean_are_not_taken_for_overfitting():
+    mean = series(0.1 + 2 * np.exp(-STEPS / 400))
+    for held_out, expected in ((7.5 * mean.values, ["warning"]), (mean.values + STEPS / 1000, [])):
+        given = {"train/loss/total": mean, "train/loss/answer": mean, "val/loss/answer": series(held_out)}
+        assert found("validation-missing", given) == expected
 
 
 @pytest.mark.parametrize(("rule", "given", "expected"), CASES, ids=[f"{c[0]}-{k}" for k, c in enumerate(CASES)])

@@ -40,7 +40,7 @@ def told(rule, series, **rest):
 
 MODEST, STRONG = (3, 0.95, 0.03, 1.1, 0.8), (9, 0.97, 0.3, 1.9, 0.3)
 USED_3, USED_9 = ({"val/guidance/used": looks(w)} for w in (3, 9))
-ONLY_CLIPPED = (9, 0.97, 0.3, 1.2, 0.8)
+ONLY_CLIPPED, GRAVELY_CLIPPED = ((9, 0.97, clipped, 1.2, 0.8) for clipped in (0.15, 0.3))
 EARLY = np.array([50, 100])
 
 CASES = [
@@ -62,6 +62,7 @@ CASES = [
     ("unfaithful", sweep((3, 0.3, 0.02, 1, 1)) | {"val/judge/accuracy": looks(0.35)}, None),
     ("over-stylised", sweep(MODEST, STRONG) | USED_9, ["fail"]),
     ("over-stylised", sweep(MODEST, ONLY_CLIPPED) | USED_9, ["warning"]),
+    ("over-stylised", sweep(MODEST, GRAVELY_CLIPPED) | USED_9, ["fail"]),
     ("over-stylised", sweep(MODEST, STRONG), ["note"]),
     ("over-stylised", sweep(MODEST, STRONG) | USED_3, []),
     ("over-stylised", sweep(MODEST), []),
@@ -106,6 +107,11 @@ CASES = [
         "high-noise-starved",
         {"train/log_snr.-7/weight": looks(0.00068, 0.1), "val/log_snr.-7/loss": looks(0.15, 0.2)},
         [],
+    ),
+    (
+        "high-noise-starved",  # t drawn by a logit-normal
+        {"train/log_snr.-7/weight": looks(0.0012, 0.1), "val/log_snr.-7/loss": looks(0.2, 0.2)},
+        ["warning"],
     ),
     (
         "high-noise-starved",  # x0 learns fine detail last, and images are none the worse for it

@@ -79,8 +79,15 @@ def _multimodal(run: str | Path, verb: str) -> MultimodalModel:
 def train(recipe: str | Path | None = None, overrides: Sequence[str] = (), **options: Any) -> RunFolder | None:
     """Trains a recipe, goes on with a run (``resume=RUN``), or fine-tunes one (``parent=RUN``): the run folder.
 
-    ``options`` are those of ``intaglio.training.run.train``: resume, parent, dry_run, quiet.
+    ``options`` are those of ``intaglio.training.run.train``: resume, parent, dry_run, quiet; ``autopilot`` repairs what
+    fails on the way, with trials of at most that share of the run's steps.
     """
+    if "autopilot" in options:
+        from intaglio.training.autopilot import fly
+
+        if recipe is None or (set(options) - {"autopilot", "quiet"}):
+            raise ValueError("--autopilot begins with a recipe: leave --resume, --from and --dry-run out.")
+        return fly(recipe, overrides, budget=options["autopilot"], quiet=options.get("quiet", False))
     from intaglio.training import run
 
     return run.train(recipe, overrides, **options)

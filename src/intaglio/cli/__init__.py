@@ -66,7 +66,10 @@ def _train(a: Arguments) -> int:
         return 0
     from intaglio.api import train
 
-    folder = train(a.recipe, a.overrides, resume=a.resume, parent=a.parent, dry_run=a.dry_run, quiet=a.quiet or a.json)
+    options: dict[str, Any] = {"resume": a.resume, "parent": a.parent, "dry_run": a.dry_run}
+    if a.autopilot is not None:
+        options = {"autopilot": a.autopilot} | {name: value for name, value in options.items() if value}
+    folder = train(a.recipe, a.overrides, quiet=a.quiet or a.json, **options)
     if folder is None:
         if a.json:
             print_json({"run": None, "status": "dry run", "step": 0})
@@ -316,6 +319,11 @@ def _parser() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentParse
     p.add_argument("--resume", metavar="RUN", help="go on with a run (or a checkpoint of it), bit for bit")
     p.add_argument("--from", dest="parent", metavar="RUN", help="fine-tune the model of a run with a fresh optimizer")
     p.add_argument("--dry-run", action="store_true", help="prepare everything and take one step; writes nothing")
+    p.add_argument(
+        "--autopilot", type=float, nargs="?", const=2.0, metavar="SHARE",
+        help="where a rule fails, try its remedies beside a control and go on with what helps; trials may take that "
+        "share of the run's steps (2)",
+    )  # fmt: skip
     p.add_argument("--quiet", action="store_true", help="say only what must be said")
     p.add_argument("--print_config", action="store_true", help="print the configuration and stop")
 
@@ -407,7 +415,7 @@ def _parser() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentParse
     p = verb("bench", "our own evidence: speed, targets of a system, false alarms, verdicts on labelled histories")
     systems = ("multimodal", "diffusion", "jepa", "vqa")
     healthy = ("healthy", *(f"healthy-{system}" for system in systems[1:]))
-    p.add_argument("what", choices=("faults", "speed", *systems, *healthy, "histories", "comparisons"))
+    p.add_argument("what", choices=("faults", "remedies", "speed", *systems, *healthy, "histories", "comparisons"))
     what = "of histories: a folder with labels.json; of diffusion: one of labelled photos; of jepa: one of ARC's "
     what += "tasks; of vqa: one of images and questions"
     p.add_argument("--data", metavar="FOLDER", help=what)

@@ -36,10 +36,11 @@ def without_gradient(model: nn.Module) -> dict[str, int]:
 
 
 class Silence:
-    """Watches gradients over the first steps: what stays without one in all of them is dead."""
+    """Watches gradients: what stays without one is dead. ``absent`` are those that had not even zeros: never called."""
 
     def __init__(self) -> None:
         self.silent: set[str] | None = None
+        self.absent: set[str] = set()
         self.sizes: dict[str, int] = {}
 
     def look(self, model: nn.Module) -> None:
@@ -47,12 +48,14 @@ class Silence:
         trained = {n: p for n, p in model.named_parameters() if p.requires_grad and p.numel()}
         if self.silent is None:
             self.silent, self.sizes = set(trained), {n: p.numel() for n, p in trained.items()}
+            self.absent = set(trained)
+        self.absent = {n for n in self.absent & trained.keys() if trained[n].grad is None}
         self.silent = {n for n in self.silent & trained.keys() if (g := trained[n].grad) is None or not bool(g.any())}
 
-    def by_module(self) -> dict[str, int]:
-        """{module: parameters that never had a gradient}."""
+    def by_module(self, absent: bool = False) -> dict[str, int]:
+        """{module: parameters that never had a gradient}; of those that were never called alone, if asked for."""
         found: dict[str, int] = defaultdict(int)
-        for name in sorted(self.silent or ()):
+        for name in sorted(self.absent if absent else self.silent or ()):
             found[name.rpartition(".")[0] or name] += self.sizes[name]
         return dict(found)
 

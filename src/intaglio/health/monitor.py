@@ -130,6 +130,7 @@ class Monitor:
         self.facts: dict[str, Any] = audits.parameters(model)
         self._before = audits.fingerprints(model)
         self._told: set[tuple[str, str]] = set()
+        self.validations, self._muted = 0, False
         if optimizer is not None:
             self.facts["not_in_optimizer"] = audits.not_in_optimizer(model, optimizer)
 
@@ -151,7 +152,7 @@ class Monitor:
         if not math.isfinite(sum(numbers)) or not (self.scaled or math.isfinite(whole)):
             squares = _numbers([], [_square(g) for g in gradients])[0]
             self._refuse(_named(pairs, numbers), math.sqrt(squares), batch)
-        self._audit()
+        self._audit(row, muted=any(weight == 0 for _, weight in pairs.values()))
         if row:
             self.terms, values = pairs.keys(), _named(pairs, numbers)
             rows = {f"train/loss/{name}": value for name, value in values.items()}
@@ -191,6 +192,9 @@ class Monitor:
     def look(self) -> Diagnosis:
         """Reads the probe at every tap, and judges; called by ``step``, and whenever you like."""
         self._parameters = list(self.model.parameters())  # some may have been added, or thawed
+        if not self._before and "dead_parameters" in self.facts:
+            self._tell_dead()
+            self._write_facts()
         if self.optimizer is not None:
             self.facts["not_in_optimizer"] = audits.not_in_optimizer(self.model, self.optimizer)
         found = panel.Panel({}, {})
@@ -221,16 +225,19 @@ class Monitor:
 
     @contextmanager
     def validation(self) -> Iterator[None]:
-        """Around a look at held-out items: finds what the first one changes."""
-        if "changed_by_validation" in self.facts:
+        """Around a look at held-out items: finds what the first, second, fourth, eighth … of them changes."""
+        self.validations += 1
+        if self.validations & (self.validations - 1):
             yield
             return
         training = [name for name, m in self.model.named_modules() if m.training and any(True for _ in m.buffers())]
-        self.facts["training_in_validation"] = []
-        with audits.around_validation(self.model, self.facts):
+        found: dict[str, Any] = {}
+        with audits.around_validation(self.model, found):
             yield
             still = [name for name, m in self.model.named_modules() if m.training and name in training]
-        self.facts["training_in_validation"] = still if self.facts["changed_by_validation"] else []
+        found["training_in_validation"] = still if found["changed_by_validation"] else []
+        for name, now in found.items():
+            self.facts[name] = list(dict.fromkeys([*self.facts.get(name, ()), *now]))
         self._write_facts()
 
     def judge(self) -> Diagnosis:
@@ -254,6 +261,9 @@ class Monitor:
 
     def close(self) -> Diagnosis:
         """The last verdict; closes the history."""
+        if "dead_parameters" in self.facts:
+            self._muted = False
+            self.facts["dead_parameters"] = self.silence.by_module()
         self._write_facts()
         diagnosis = self.judge()
         self.history.close()
@@ -299,16 +309,31 @@ class Monitor:
             self.on_finding(finding)
         raise Stopped(finding, where)
 
-    def _audit(self) -> None:
-        if self.count <= self.start + AUDITED:
+    def _audit(self, row: bool, muted: bool) -> None:
+        """Watches gradients in the first steps, and those of tensors that had none from then on at each row.
+
+        What was never called is told when the first steps are over, what had zeros at the first look: a floor, a gate
+        or a weight of 0 may hold it back for a while.
+        """
+        first = self.count <= self.start + AUDITED
+        if first or (row and self.silence.silent):
             self.silence.look(self.model)
-        elif self.count == self.start + AUDITED + 1:
-            self.facts["dead_parameters"] = self.silence.by_module()
-            if self.optimizer is not None:
-                still = audits.unmoved(self.model, self._before, self.optimizer)
-                self.facts["unmoved"] = [name for name in still if name not in (self.silence.silent or ())]
-            self._before = {}
-            self._write_facts()
+        self._muted = muted and self.count < self.start + (self.steps or math.inf) / 2
+        if first or not self._before:
+            return
+        self._tell_dead()
+        if self.optimizer is not None:
+            still = audits.unmoved(self.model, self._before, self.optimizer)
+            self.facts["unmoved"] = [name for name in still if name not in (self.silence.silent or ())]
+        self._before = {}
+        self._write_facts()
+
+    def _tell_dead(self) -> None:
+        early = self.count < self.start + self.every
+        dead = {} if self._muted else self.silence.by_module(absent=early)
+        if dead and not self.facts.get("dead_parameters"):
+            self.facts["dead_told_at"] = self.count
+        self.facts["dead_parameters"] = dead
 
     def _try_probe(self) -> None:
         """Once, before training: what fails on the probe fails now."""

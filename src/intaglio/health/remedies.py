@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
+from intaglio.config.settings import SYSTEMS
 from intaglio.health.finding import Finding, Remedy
 
 UP = ("raise", "longer", "larger", "more", "until it settles", "look ten times")
@@ -31,6 +32,7 @@ PLAINLY = {
     "model.dropout": "dropout",
     "loss.kl": "the KL's weight",
     "loss.contrastive": "the contrastive weight",
+    "condition.drop": "the share of items whose condition is dropped",
 }
 
 
@@ -64,7 +66,8 @@ def changes(remedy: Remedy, config: Mapping[str, Any]) -> dict[str, str]:
     """The options that a remedy changes, with their values; empty where it names none, or not how far to move it.
 
     A value that is given is taken. Otherwise what is to be raised is doubled and what is to be lowered is halved, or
-    moved tenfold where the remedy says so.
+    moved tenfold where the remedy says so; where the system's own value lies further that way, it is taken. Another
+    value than this one is the system's own, or twice as much.
     """
     return {key: value for key, given in OPTION.findall(remedy.do) if (value := _value(remedy.do, key, given, config))}
 
@@ -81,10 +84,23 @@ def _value(said: str, key: str, given: str, config: Mapping[str, Any]) -> str:
     if isinstance(now, bool) or not isinstance(now, int | float) or not now:
         return ""
     times = 10 if "tenfold" in said else 2
+    usual = _usual(key, config)
     if any(word in said for word in DOWN):
-        moved = now / times
+        moved = now / times if usual is None else min(now / times, usual)
     elif any(word in said for word in UP):
-        moved = now * times
+        moved = max(now * times, usual or 0.0)
+    elif "another" in said:
+        moved = usual if usual and not now / times < usual < now * times else now * times
     else:
         return ""
     return f"{max(1, round(moved))}" if isinstance(now, int) else f"{moved:g}"
+
+
+def _usual(key: str, config: Mapping[str, Any]) -> float | None:
+    """What the system has where nobody set it; None for what is no number, or depends on data and machine."""
+    if key.startswith(("train.", "data.")) or config.get("system") not in SYSTEMS:
+        return None
+    value: Any = SYSTEMS[config["system"]](config["system"])
+    for part in key.split("."):
+        value = value.get(part) if isinstance(value, Mapping) else getattr(value, part, None)
+    return float(value) if isinstance(value, int | float) and not isinstance(value, bool) else None

@@ -32,6 +32,8 @@ def until(record: Record, step: int) -> Record:
     """What was known of a run at a step; facts from the first audits on, or the first look at held-out items."""
     seen = any(s.steps[0] <= step for s in record.matching("val/loss/*").values())
     facts = {name: fact for name, fact in record.facts.items() if seen or name not in VALIDATION}
+    if step < facts.get("dead_told_at", 0):
+        facts.pop("dead_parameters", None)
     series, logged = (
         {name: s.at(s.steps <= step) for name, s in known.items() if s.steps[0] <= step}
         for known in (record.series, record.logged)

@@ -1,7 +1,7 @@
 """What a rule is, and how all of them are applied. No torch."""
 
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
 from typing import Any
 
@@ -29,6 +29,8 @@ class Rule:
         concerns: systems that can have this fault; all where none is named.
         limits: its thresholds by name; a profile may set others.
         symptom: many faults look like that, so that what names a cause is told before it.
+        follows: rules whose fault brings this one about: where both are found they are told before it, and, if they are
+            no symptoms themselves, as grave.
         judge: from a record and limits to findings, or why it cannot tell; None where it is seen before training.
     """
 
@@ -43,6 +45,7 @@ class Rule:
     concerns: tuple[str, ...] = ()
     limits: Limits = field(default_factory=dict)
     symptom: bool = False
+    follows: tuple[str, ...] = ()
     judge: Judge | None = None
 
     @property
@@ -101,7 +104,6 @@ def apply(
     findings: list[Finding] = []
     passed, unread, missing = [], [], {}
     rules = list(rules)
-    symptoms = {r.id for r in rules if r.symptom}
     for r in rules:
         if r.judge is None or (r.concerns and record.config.get("system", r.concerns[0]) not in r.concerns):
             continue
@@ -120,5 +122,39 @@ def apply(
             missing[r.id] = "; ".join(dict.fromkeys(reasons))
         elif not found:
             passed.append(r.id)
-    findings.sort(key=lambda f: (SEVERITIES.index(f.severity), f.rule in symptoms))
-    return Judged(tuple(findings), tuple(passed), missing, tuple(unread))
+    return Judged(_causes_first(findings, rules), tuple(passed), missing, tuple(unread))
+
+
+def _causes_first(findings: Iterable[Finding], rules: Iterable[Rule]) -> tuple[Finding, ...]:
+    """The gravest first; of equal ones symptoms after causes; a warned cause as grave as what follows from it."""
+    known = {r.id: r for r in rules}
+
+    def loud(f: Finding) -> int:
+        return SEVERITIES.index(f.severity)
+
+    grave: dict[str, Finding] = {}
+    for f in sorted(findings, key=loud):
+        for cause in known[f.rule].follows:
+            grave.setdefault(cause, f)
+    raised = [
+        replace(f, severity=grave[f.rule].severity, message=f"{f.message} It explains {grave[f.rule].rule}.")
+        if f.rule in grave and f.severity == "warning" and not known[f.rule].symptom and loud(grave[f.rule]) < loud(f)
+        else f
+        for f in findings
+    ]
+    raised.sort(key=lambda f: (loud(f), known[f.rule].symptom))
+    told: list[Finding] = []
+
+    def tell(f: Finding) -> None:
+        if f in told or f in waiting:
+            return
+        waiting.append(f)
+        for cause in raised:
+            if cause.rule in known[f.rule].follows and loud(cause) <= loud(f):
+                tell(cause)
+        told.append(f)
+
+    waiting: list[Finding] = []
+    for f in raised:
+        tell(f)
+    return tuple(told)

@@ -127,6 +127,8 @@ def _change(folder: Path, record: Mapping[str, Any], parent: Path | None) -> Cha
     for resumed in record.get("resumed") or []:
         where = resumed.get("from", "a checkpoint") if isinstance(resumed, dict) else "a checkpoint"
         remarks.append(f"Went on from {where}.")
+    if record.get("autopilot"):
+        remarks.append(str(record["autopilot"]))
     remarks.append(_outcome(folder, record, str(new.get("train.monitor") or "val/loss/total")))
     name = parent.name if parent is not None else None
     gone = str(record["parent"]) if record.get("parent") and parent is None else name

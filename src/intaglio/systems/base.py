@@ -2,6 +2,7 @@
 
 from abc import abstractmethod
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import lightning as L
@@ -17,7 +18,9 @@ from intaglio.systems.optimizers import applied_rates, configure, parameter_grou
 
 
 class NonFiniteStep(RuntimeError):
-    """A gradient or loss was not finite; the optimizer step that it belonged to was not taken."""
+    """A gradient or loss was not finite; the optimizer step that it belonged to was not taken. ``run`` is where."""
+
+    run: Path | None = None
 
 
 class System(L.LightningModule):

@@ -19,7 +19,10 @@ from intaglio.config import Config
 
 FORMAT = 1
 
-RESUMABLE = ("train.steps", "train.epochs", "train.keep", "train.patience", "train.log_every", "train.device", "plan")
+RESUMABLE = (
+    "train.steps", "train.epochs", "train.keep", "train.patience", "train.log_every", "train.device", "plan",
+    "health.stop",
+)  # fmt: skip
 """Keys that may change when a run goes on; any other makes another run, which ``--from`` starts."""
 
 

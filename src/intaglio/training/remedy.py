@@ -30,6 +30,8 @@ from intaglio.reports.comparison import compare
 BRANCH = "import sys; from intaglio.training.run import branch; branch(sys.argv[1], sys.argv[2:], quiet=True)"
 ANEW = "import sys; from intaglio.training.run import train; train(sys.argv[1], sys.argv[2:], quiet=True)"
 
+LENGTH = {"train.steps", "train.epochs"}
+
 Say = Callable[[str], None]
 
 
@@ -54,7 +56,7 @@ class Proposal:
         """Why it cannot be tried by itself; empty where it can."""
         if not self.changes:
             return "names no setting with a value"
-        if set(self.changes) <= {"train.steps", "train.epochs"}:
+        if set(self.changes) <= LENGTH:
             return "more steps are no change that a control of as many steps could tell from none"
         return ""
 
@@ -190,7 +192,8 @@ class _Trial:
     def run(self, proposal: Proposal, number: int) -> Tried:
         """Trains both arms, or takes what is there already, and compares them."""
         begin = f"from-{_step(Path(proposal.start))}" if proposal.start else "anew"
-        arms = {f"control-{begin}": {}, f"remedy-{number}-{begin}": dict(proposal.changes)}
+        changed = {key: value for key, value in proposal.changes.items() if key not in LENGTH}  # as many steps as it
+        arms = {f"control-{begin}": {}, f"remedy-{number}-{begin}": changed}
         wanted = [(f"{arm}-{k}", changed, k) for k in range(self.seeds) for arm, changed in arms.items()]
         with ThreadPoolExecutor(self.jobs) as pool:
             list(pool.map(lambda task: self._train(proposal, *task), wanted))
@@ -198,33 +201,43 @@ class _Trial:
         return judged(proposal, control, treated)
 
     def _train(self, proposal: Proposal, name: str, changed: Mapping[str, str], k: int) -> None:
-        folder, config = self.place / name, self.folder.config()
+        config = self.folder.config()
         begun = _step(Path(proposal.start)) if proposal.start else 0
         steps = begun + self.steps if self.steps else (config.train.steps or 0)
-        given = {"train.steps": str(steps), **changed, "runs": str(self.place), "name": name}
+        given = {"train.steps": str(steps), **changed, "runs": str(self.place), "name": name, "health.stop": "false"}
         if proposal.start:
-            words, program = [proposal.start], BRANCH
+            words = [proposal.start]
             given["train.draws"] = str(config.train.draws + k)
         else:
-            words, program = [str(self.folder.path / "config.yaml")], ANEW
+            words = [str(self.folder.path / "config.yaml")]
             given["seed"] = str(config.seed + k)
-        asked, told = self.place / f"{name}.json", json.dumps([words, given], indent=2) + "\n"
-        known = asked.is_file() and asked.read_text(encoding="utf-8") == told
-        if known and (folder / "evaluation.json").is_file():
+        if (ended := trained(self.place, name, words, given, anew=not proposal.start, jobs=self.jobs)) is None:
             return
-        shutil.rmtree(folder, ignore_errors=True)  # unfinished, or of other settings
-        self.place.mkdir(parents=True, exist_ok=True)
-        write_atomically(asked, told)
-        environment = dict(os.environ)
-        if self.jobs > 1:
-            environment.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // self.jobs)))
-        with (self.place / f"{name}.log").open("wb") as log:
-            subprocess.run(
-                [sys.executable, "-c", program, *words, *(f"--{key}={value}" for key, value in given.items())],
-                stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT, env=environment, check=False,
-            )  # fmt: skip
-        ended = (folder / "evaluation.json").is_file()
         self.say(f"{name}: finished" if ended else f"{name}: did not finish; see {self.place / f'{name}.log'}")
+
+
+def trained(
+    place: Path, name: str, words: Sequence[str], given: Mapping[str, str], *, anew: bool, jobs: int = 2
+) -> bool | None:
+    """Trains a branch, or anew, in a process of its own; whether it finished, None where it is there already."""
+    folder, asked = place / name, place / f"{name}.json"
+    told = json.dumps([list(words), dict(given)], indent=2) + "\n"
+    known = asked.is_file() and asked.read_text(encoding="utf-8") == told
+    if known and (folder / "run.json").is_file() and RunFolder(folder).record["status"] in ("finished", "failed"):
+        return None
+    shutil.rmtree(folder, ignore_errors=True)  # unfinished, or of other settings
+    place.mkdir(parents=True, exist_ok=True)
+    write_atomically(asked, told)
+    environment = dict(os.environ)
+    if jobs > 1:
+        environment.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // jobs)))
+    with (place / f"{name}.log").open("wb") as log:
+        options = [f"--{key}={value}" for key, value in given.items()]
+        subprocess.run(
+            [sys.executable, "-c", ANEW if anew else BRANCH, *words, *options],
+            stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT, env=environment, check=False,
+        )  # fmt: skip
+    return (folder / "evaluation.json").is_file()
 
 
 def judged(proposal: Proposal, control: Sequence[Path], treated: Sequence[Path]) -> Tried:

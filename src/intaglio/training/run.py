@@ -34,7 +34,7 @@ from intaglio.history import HistoryWriter, run_folder
 from intaglio.history.run_folder import RunFolder
 from intaglio.models.saved import of_run
 from intaglio.reports.page import write_page
-from intaglio.systems.base import System
+from intaglio.systems.base import NonFiniteStep, System
 from intaglio.systems.optimizers import describe_groups
 from intaglio.training import checkpoint, device, launch
 from intaglio.training.ema import EMA
@@ -260,6 +260,8 @@ def _fit(
     except BaseException as error:
         if folder is not None:
             _record_end(folder, error, say)
+            if isinstance(error, NonFiniteStep):
+                error.run = folder.path
         raise
     return folder
 

@@ -187,7 +187,7 @@ class _Clock:
 def _ours(case: Case, folder: Path) -> dict[str, Any]:
     """Checks a recipe of ours, and trains it unless its fault must be seen before."""
     change_ours(case.kind.changes)
-    words = [f"--{key}={_word(value)}" for key, value in (case.options | {"seed": case.seed}).items()]
+    words = [f"--{key}={word(value)}" for key, value in (case.options | {"seed": case.seed}).items()]
     begun = time.perf_counter()
     record: dict[str, Any] = {"status": "finished", "error": "", "able": {}}
     try:
@@ -216,7 +216,8 @@ def _able(folder: Path) -> dict[str, list[float]]:
     }
 
 
-def _word(value: Any) -> str:
+def word(value: Any) -> str:
+    """A value of an option as the command line takes it."""
     if isinstance(value, Made):
         return value.by(*value.of)
     if isinstance(value, bool) or value is None:

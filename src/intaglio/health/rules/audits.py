@@ -19,6 +19,7 @@ def _some(names: list[str], most: int = 3) -> str:
 
 @rule(
     id="dead-parameters",
+    follows=("temperature-stuck",),
     source="nothing is skipped silently",
     case="E: 16.8M parameters never called; D: 725k",
     facts=("dead_parameters",),
@@ -190,6 +191,7 @@ def validation_pollutes(record: Record, limits: Limits) -> Iterator[Finding]:
 
 @rule(
     id="split-leak",
+    follows=("data-replaced",),
     source="Barz & Denzler 2020",
     case="V: 2,633 shared images; E: tokenizer",
     needs=("val/loss/*", "val/*/accuracy"),

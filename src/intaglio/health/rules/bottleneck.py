@@ -14,6 +14,7 @@ from intaglio.history import NotMeasured
 
 @rule(
     id="posterior-collapse",
+    follows=("kl-units",),
     source="Bowman et al. 2016; He et al. 2019",
     needs=("val/*/kl_nats", "train/loss/kl", "val/loss/kl"),
     log="KL(q(z|x) || N(0, I)) per item, raw, as val/SITE/kl_nats",
@@ -110,7 +111,7 @@ def kl_free(record: Record, limits: Limits) -> Iterator[Finding | NotMeasured]:
                 "warning",
                 f"No group of {name.split('/')[1]} exceeds its free bits, so the KL term has no gradient.",
                 {"groups_above_floor": s.value},
-                remedies("lower the floor below the raw KL of the groups", wait=500),
+                remedies("lower the floor below the raw KL of the groups: --loss.floor", wait=500),
                 step=int(s.steps[-1]),
             )
 
@@ -177,7 +178,7 @@ def rate_too_high(record: Record, limits: Limits) -> Iterator[Finding | NotMeasu
                 f"{name.split('/')[1]} holds {kl.value:.1f} nats for answers of {s.value:.1f}: what is more than that "
                 "is memory of the input, not of the answer.",
                 {"nats": kl.value, "entropy": s.value},
-                remedies("raise the KL's weight tenfold", "fewer latent dimensions", wait=1000),
+                remedies("raise --loss.kl tenfold", "fewer latent dimensions", wait=1000),
                 step=int(kl.steps[-1]),
             )
 

@@ -19,6 +19,7 @@ USAGE = ("*/codes/usage", "*/vq/usage")
 
 @rule(
     id="codebook-collapse",
+    follows=("revival-threshold", "codes-displaced", "codes-shrink"),
     concerns=("jepa",),
     source="van den Oord et al. 2017; Dhariwal et al. 2020",
     case="J: 10.9 %",
@@ -101,12 +102,13 @@ def _few_codes(record: Record, limits: Limits) -> Iterator[Finding | NotMeasured
 
 @rule(
     id="codes-dead",
+    follows=("codes-shrink", "codes-displaced", "revival-threshold"),
     concerns=("jepa",),
     source="Dhariwal et al. 2020, appendix",
     case="J",
     needs=("*/*/dead_share", "*/*/mass_ratio"),
     log="the age of each code's last use, and the sum of the EMA cluster sizes over the tokens of a step",
-    limits={"share": 0.2, "mass": 0.2},
+    limits={"share": 0.2, "most": 0.5, "mass": 0.2},
 )
 def codes_dead(record: Record, limits: Limits) -> Iterator[Finding | NotMeasured]:
     """Codes are unused for long and not revived, or revived and at once overwritten.
@@ -120,7 +122,7 @@ def codes_dead(record: Record, limits: Limits) -> Iterator[Finding | NotMeasured
         elif s.value > limits["share"]:
             yield Finding(
                 "codes-dead",
-                "warning",
+                "fail" if s.value > limits["most"] else "warning",
                 f"{s.value:.0%} of the codes of {name.split('/')[1]} have not been used for long.",
                 {"dead_share": s.value},
                 remedies("revive codes that are unused for a share of 1/K", wait=500),

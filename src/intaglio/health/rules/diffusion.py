@@ -76,7 +76,7 @@ def condition_ignored(record: Record, limits: Limits) -> Iterator[Finding | NotM
             f"Other items' conditions cost the held-out loss {cost.value:.2%}, and 0 lies in the interval: "
             "the condition says nothing to the network.",
             {"permuted_loss": cost.value} | ({} if change is None else {"velocity_change": change.value}),
-            remedies("drop the condition less often", "train longer", "give the full token sequence", wait=1000),
+            remedies("lower --condition.drop", "train longer", "give the full token sequence", wait=1000),
             candidates=("the conditions say nothing of the images: train the classifier on them",),
             step=int(cost.steps[-1]),
         )
@@ -86,7 +86,7 @@ def condition_ignored(record: Record, limits: Limits) -> Iterator[Finding | NotM
             "warning",
             f"Another condition changes the prediction by no more than {change.value:.2%} of its size.",
             {"velocity_change": change.value},
-            remedies("drop the condition less often", "train longer", wait=1000),
+            remedies("lower --condition.drop", "train longer", wait=1000),
             step=int(change.steps[-1]),
         )
 
@@ -94,6 +94,7 @@ def condition_ignored(record: Record, limits: Limits) -> Iterator[Finding | NotM
 @rule(
     id="unfaithful",
     symptom=True,
+    follows=("learning-rate-off", "ema-lag", "condition-ignored", "high-noise-starved", "latent-scale"),
     concerns=("diffusion",),
     source="Ravuri & Vinyals 2019 (classification accuracy), here of the samples by a classifier of real images",
     case="D",
@@ -129,10 +130,14 @@ def unfaithful(record: Record, limits: Limits) -> Iterator[Finding | NotMeasured
             + ("" if s.null is None else f"; chance is {s.null:.0%}")
             + ("." if judge is None else f", and the classifier is right on {own:.0%} of real images."),
             {"class_accuracy": s.value, "guidance": best},
-            remedies("train longer", "more guidance: see the sweep", "drop the condition less often", wait=1000),
+            remedies("train longer", "more guidance: see the sweep", "lower --condition.drop", wait=1000),
             candidates=("the condition is ignored: see condition-ignored", "a sampler that is wrong for everything"),
             step=int(s.steps[-1]),
         )
+
+
+GRAVE = {"clipped": 0.2, "contrast": 1.75, "diversity": 0.25}
+"""Limits of over-stylised beyond which a single extreme fails."""
 
 
 @rule(
@@ -157,11 +162,12 @@ def over_stylised(record: Record, limits: Limits) -> Iterator[Finding]:
     if not judged:
         return
     w = judged[0]
+    gravely = len(extremes[w]) > 1 or _extremes(record, w, GRAVE)
     named = "; ".join(f"{label or 'all classes'} {best_w:g}" for label, best_w in best.items() if best_w is not None)
     overall = best[""]
     yield Finding(
         "over-stylised",
-        "note" if used is None else "fail" if len(extremes[w]) > 1 else "warning",
+        "note" if used is None else "fail" if gravely else "warning",
         (f"From guidance {w:g} on" if used is None else f"At guidance {w:g}")
         + f", samples are driven to extremes: {', '.join(extremes[w].values())}. "
         + (
@@ -169,7 +175,7 @@ def over_stylised(record: Record, limits: Limits) -> Iterator[Finding]:
         ),
         {"guidance": w} | ({} if overall is None else {"recommended": overall}),
         remedies(
-            *([] if overall is None else [f"sample with guidance {overall:g}"]),
+            *([] if overall is None else [f"sample with guidance {overall:g}: --sampling.guidance {overall:g}"]),
             "guide in an interval of log-SNR only",
             "rescale the guided prediction",
         ),
@@ -317,7 +323,12 @@ def ema_lag(record: Record, limits: Limits) -> Iterator[Finding | NotMeasured]:
             "warning",
             f"The average of the weights {' and '.join(seen)}.",
             {name: s.value for name, s in (("moved", moved), ("loss", loss)) if s is not None},
-            remedies("a shorter average: a decay whose horizon is a tenth of the run", "warm its decay up", wait=1000),
+            remedies(
+                "a shorter average: a decay whose horizon is a tenth of the run"
+                + (f": --train.ema {1 - 10 / record.steps:.3g}" if record.steps and record.steps > 10 else ""),
+                "warm its decay up",
+                wait=1000,
+            ),
             step=record.last_step,
         )
     if buffers is not None and buffers.value > 0:
@@ -379,13 +390,14 @@ def round_trip_ceiling(record: Record, limits: Limits) -> Iterator[Finding]:
     case="D: weight .0068",
     needs=("train/log_snr.*/weight",),
     log="each bin's share of weight times frequency as train/log_snr.B/weight, an even share as null",
-    limits={"share": 0.05, "learnt": 0.02},
+    limits={"share": 0.05, "fail": 0.01, "learnt": 0.02},
 )
 def high_noise_starved(record: Record, limits: Limits) -> Iterator[Finding]:
     """The weighting of the loss, or the choice of t, leaves some bins of log-SNR untrained.
 
     Seen by the bin's share beside an even one, where the held-out loss in it is no better than its null. It fails where
-    noise outweighs the signal: below, the noisy image is nearly the image, and only fine detail is lost.
+    noise outweighs the signal and a hundredth of an even share is left: below, the noisy image is nearly the image, and
+    only fine detail is lost; a logit-normal choice of t (Esser et al. 2024) leaves the ends a little more.
     """
     starved, untaught = {}, False
     for name, s in record.matching("train/log_snr.*/weight").items():
@@ -394,7 +406,7 @@ def high_noise_starved(record: Record, limits: Limits) -> Iterator[Finding]:
         learnt = loss is not None and loss.null is not None and loss.value < (1 - limits["learnt"]) * loss.null
         if s.null and s.value < limits["share"] * s.null and not learnt:
             starved[float(centre)] = s.value / s.null
-            dark = float(centre) < 0
+            dark = float(centre) < 0 and s.value < limits["fail"] * s.null
             untaught |= dark and loss is not None and loss.null is not None and record.settled(loss)
     if starved:
         worst = min(starved, key=lambda b: starved[b])

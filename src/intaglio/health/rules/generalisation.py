@@ -23,6 +23,7 @@ LOWER_IS_BETTER = ("*/loss/*", "*/*/nats_per_token", "*/*/mse", "*/*/error")
 @rule(
     id="no-learning",
     symptom=True,
+    follows=("learning-rate-off", "tied-and-frozen", "range-mismatch", "near-chance"),
     source="no number without its null",
     case="J, E",
     needs=("train/loss/*", "val/loss/*", "train/*/nats_per_token"),
@@ -56,7 +57,7 @@ def no_learning(record: Record, limits: Limits) -> Iterator[Finding | NotMeasure
                 "fail",
                 f"{name} is {value:.4g}; a model that has learnt nothing reaches {s.null:.4g}.",
                 {"value": value, "null": s.null},
-                (Remedy("train longer: --train.steps", 1000), Remedy("raise --optim.rate", 1000)),
+                (Remedy("another learning rate: --optim.rate", 1000), Remedy("train longer: --train.steps", 1000)),
                 candidates=(
                     "no gradient reaches it: see dead-parameters and term-inert",
                     "input and target are not of the same item: look at a batch",
@@ -83,7 +84,7 @@ def _unmoved(record: Record) -> Iterator[Finding | NotMeasured]:
     seen = stuck[name]
     assert seen is not None
     frozen = {n: s.value for n, s in hits.items() if np.ptp(s.values[len(s) // 2 :]) == 0 and s.value < 0.95}
-    fell = seen.since == "first rows"
+    fell, exploded = seen.since == "first rows", seen.since == "explosion"
     what = {
         "start": f"{name} began at {seen.first:.4g} and stands at {seen.level:.4g}: nothing has been learnt since.",
         "explosion": f"{name} exploded to {seen.first:.4g}, and has stood at {seen.level:.4g} ever since: as a "
@@ -104,7 +105,7 @@ def _unmoved(record: Record) -> Iterator[Finding | NotMeasured]:
         + (f" {known[0]}" if known else ""),
         {"first": seen.first, "level": seen.level} | frozen,
         (
-            Remedy("raise --optim.rate, or lower it tenfold where the loss exploded", 1000),
+            Remedy("lower --optim.rate tenfold" if exploded else "another learning rate: --optim.rate", 1000),
             Remedy("a longer --optim.warmup", 1000),
         ),
         candidates=(
@@ -127,6 +128,7 @@ def _risen(s: Series) -> bool:
 @rule(
     id="plateau",
     symptom=True,
+    follows=("learning-rate-off", "near-chance"),
     source="no number without its null",
     case="J: .0202 was the collapsed SIGReg",
     needs=("train/loss/*",),
@@ -162,7 +164,7 @@ def plateau(record: Record, limits: Limits) -> Iterator[Finding | NotMeasured]:
                     {"value": middle, "constant": constant},
                     remedies("raise --loss.sigreg", wait=1000)
                     if what in collapsed
-                    else remedies("raise --optim.rate", "a longer --optim.warmup", wait=1000),
+                    else remedies("another learning rate: --optim.rate", "a longer --optim.warmup", wait=1000),
                     step=int(s.steps[len(s) // 2]),
                 )
                 break
@@ -192,6 +194,7 @@ def _constants(record: Record, name: str, s: Series) -> dict[str, float]:
 
 @rule(
     id="overfitting",
+    follows=("near-chance",),
     source="no number without its null",
     case="V",
     needs=("train/*/nats_per_token", "train/loss/*"),
@@ -267,6 +270,18 @@ def other_scale(train: Series, val: Series, times: float = 5.0) -> bool:
     return begins > times * size or (begins < size / times and ends < late / times and not solved)
 
 
+def steadily_apart(train: Series, val: Series, times: float = 5.0) -> bool:
+    """Whether a held-out loss is as many times training's at its first look as ever after: a sum beside a mean.
+
+    What is learnt by heart parts the two little by little.
+    """
+    if len(val) < 4 or len(train) < FEWEST or not (train.values > 0).all() or not (val.values > 0).all():
+        return False
+    nearest = np.abs(train.steps[None] - val.steps[:, None]).argsort(1)[:, :5]
+    ratio = val.values / np.median(train.values[nearest], 1)
+    return bool((ratio.min() > times or ratio.max() < 1 / times) and ratio.max() < 2 * ratio.min())
+
+
 def _worse_accuracy(record: Record) -> bool | None:
     """Whether held-out accuracy ends below its best by a point; None where none is logged."""
     curves = [finite(s) for s in record.matching("val/*/accuracy").values()]
@@ -337,10 +352,14 @@ def validation_missing(record: Record, limits: Limits) -> Iterator[Finding | Not
     if not val and record.foreign:
         yield NotMeasured("there is no held-out loss in this history, so that generalisation is not measured")
         return
-    curves = mains(record)
-    for name, held_out in curves.items():
-        train = curves.get("train" + name.removeprefix("val"))
-        if name.startswith("val/") and train is not None and other_scale(train, held_out):
+    curves, apart = mains(record), False
+    for name, held_out in {**val, **curves}.items():
+        train = record.get("train" + name.removeprefix("val")) if name.startswith("val/") else None
+        if train is None or apart:
+            continue
+        if apart := steadily_apart(finite(train), finite(held_out)) or (
+            name in curves and other_scale(finite(train), held_out)
+        ):
             yield Finding(
                 "validation-missing",
                 "warning",

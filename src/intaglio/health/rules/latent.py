@@ -56,7 +56,7 @@ def latent_ignores_input(record: Record, limits: Limits) -> Iterator[Finding | N
             f"{site(name)} is the same for every input: {s.value:.2g} of its second moment differs between "
             f"{s.n or 'the'} inputs" + ("; it equals the bias of the encoder's last layer." if constant else "."),
             {"varying_share": s.value} | ({"bias_share": bias.value} if bias is not None else {}),
-            remedies("raise the rate or train longer: --optim.rate, --train.steps", "lower --loss.kl", wait=500),
+            remedies("another learning rate: --optim.rate", "lower --loss.kl", "train longer: --train.steps", wait=500),
             candidates=()
             if constant
             else (
@@ -95,6 +95,7 @@ def _like_a_bias(record: Record, limits: Limits) -> Iterator[Finding | NotMeasur
 @rule(
     id="rank-collapse",
     symptom=True,
+    follows=("learning-rate-off", "norm-pinned", "near-chance"),
     source="Roy & Vetterli 2007; Garrido et al. 2023",
     case="J: 7 of 256",
     needs=("val/*/covariance_rank",),

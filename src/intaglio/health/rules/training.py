@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 from numpy.lib.stride_tricks import sliding_window_view
 
-from intaglio.health.finding import Finding, Remedy
+from intaglio.health.finding import Finding, Remedy, Severity
 from intaglio.health.record import Record
 from intaglio.health.rule import Limits, Rule, rule
 from intaglio.health.rules import course
@@ -94,6 +94,7 @@ def non_finite(record: Record, limits: Limits) -> Iterator[Finding]:
 @rule(
     id="diverged",
     symptom=True,
+    follows=("learning-rate-off",),
     source="robust z-score: Iglewicz & Hoaglin 1993",
     case="V and J: gradients to 81",
     needs=MINIMISED,
@@ -248,8 +249,9 @@ def learning_rate_off(record: Record, limits: Limits) -> Iterator[Finding | NotM
     """The applied rate is not the configured one.
 
     Seen by each logged rate, which is read from the optimizer, against the configured schedule at that optimizer step,
-    times the factor of its part where it has one. Where none is configured: a rate of 0, and a course that ends amid
-    its fall, is at its floor for most of the run, or is warmed up again and again.
+    times the factor of its part where it has one. Where none is configured: a rate of 0, and, in a run of its full
+    length, a course that ends amid its fall or its warm-up, is at its floor for most of the run, or is warmed up again
+    and again.
     """
     optim, logged = record.config.get("optim"), record.matching(*RATES)
     if optim is None or record.steps is None:
@@ -315,9 +317,11 @@ def _odd_course(s: Series) -> Iterator[Finding]:
     share = s.values / s.values.max()
     peak = int(share.argmax())
     change = np.diff(share)
-    anew = [k for k in np.flatnonzero(change < -0.5 * share[:-1]) if share[k + 1 :][:10].max() > 2 * share[k + 1]]
+    at_once = np.flatnonzero((change < -0.5 * share[:-1]) & (share[:-1] > 0.3))
+    anew = [k for k in at_once if share[k + 1 :][:10].max() > 2 * share[k + 1]]
     after, falls = share[peak:], -np.diff(share[peak:])
     message = ""
+    severity: Severity = "fail"
     if len(anew) >= 2:
         message = f"The rate falls at once and climbs again {len(anew)} times: it is warmed up anew."
         step = int(s.steps[anew[0] + 1])
@@ -327,13 +331,17 @@ def _odd_course(s: Series) -> Iterator[Finding]:
         late = falls[-max(3, len(falls) // 10) :].mean()
         if gradual and len(after) - flat > 0.6 * len(share):
             message = f"The rate has reached its floor at step {int(s.steps[peak + flat]):,}, and stays there."
+            severity = "warning"
         elif gradual and after[-1] > 0.3 and late > 0.8 * falls.mean():
             message = f"The rate ends at {after[-1]:.0%} of its peak, and still falls as fast as ever."
+        step = int(s.steps[-1])
+    elif peak > 0.8 * len(s) and share[0] < 0.2 and (change >= 0).all():
+        message = f"The rate rises until step {int(s.steps[peak]):,}: its warm-up takes the run."
         step = int(s.steps[-1])
     if message:
         yield Finding(
             "learning-rate-off",
-            "warning",
+            severity,
             message,
             {"last": float(s.values[-1]), "peak": float(s.values.max())},
             candidates=(

@@ -235,7 +235,7 @@ def train(
 
 FAMILY = Family(
     "answerer",
-    "judged",
+    "development",
     "answers to questions about pictures through a bottleneck, on an encoder that was trained before",
     faults=(
         Fault(

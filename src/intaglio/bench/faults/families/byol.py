@@ -184,7 +184,7 @@ def train(
 
 FAMILY = Family(
     "byol",
-    "judged",
+    "development",
     "BYOL: two views of a picture, a predictor, and targets by averaged weights",
     faults=(
         Fault(

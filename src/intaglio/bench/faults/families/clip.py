@@ -184,7 +184,7 @@ def train(
 
 FAMILY = Family(
     "clip",
-    "judged",
+    "development",
     "two towers for pictures and sentences, convolutional and a transformer, with a temperature that is learnt",
     faults=(
         Fault(

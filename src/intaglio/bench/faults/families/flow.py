@@ -320,7 +320,7 @@ def train(
 
 FAMILY = Family(
     "flow",
-    "judged",
+    "development",
     "a rectified flow in the latents of an autoencoder, told colour and row",
     faults=(
         Fault(

@@ -185,7 +185,7 @@ FAMILY = Family(
         Fault(
             "rate-finder-left-on",
             "The search for the best rate was left on: the rate rises by the same factor at each step, far too high.",
-            ("diverged", "non-finite"),
+            ("learning-rate-off", "diverged", "non-finite"),
             changes=(Change('"cosine": share(step, steps, warmup, floor)', '"cosine": 1e-3 * 1e5 ** (step / steps)'),),
         ),
         Fault(

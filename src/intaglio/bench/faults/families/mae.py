@@ -176,7 +176,7 @@ def train(
 
 FAMILY = Family(
     "mae",
-    "judged",
+    "development",
     "a masked autoencoder in Lightning: a tiny vision transformer that fills in hidden patches",
     faults=(
         Fault(

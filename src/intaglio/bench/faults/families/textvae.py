@@ -164,7 +164,7 @@ def train(
 
 FAMILY = Family(
     "textvae",
-    "judged",
+    "development",
     "a variational autoencoder of sentences",
     faults=(
         Fault(

@@ -177,7 +177,7 @@ def train(
 
 FAMILY = Family(
     "vqvae",
-    "judged",
+    "development",
     "an autoencoder of pictures whose codes are moving averages",
     faults=(
         Fault(
