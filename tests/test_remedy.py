@@ -85,7 +85,7 @@ def test_a_remedy_is_tried_beside_a_control_and_the_run_stays_as_it_is(collapsed
     assert control.record["status"] == treated.record["status"] == "finished"
     assert control.record.get("branched_at") == treated.record.get("branched_at")
     assert control.config().loss.kl == 30
-    assert treated.config().loss.kl == pytest.approx(3)
+    assert treated.config().loss.kl == pytest.approx(2e-5)  # the system's own: it lies further that way
     assert control.config().train.steps == treated.config().train.steps == control.record["branched_at"] + 20
     assert tried.verdict == "cannot tell"
     assert "posterior-collapse is found in" in tried.reason

@@ -167,7 +167,7 @@ def test_a_weight_is_recommended_for_each_class():
     assert found.evidence == {"guidance": 9, "recommended": 3}
     assert "all classes 3; bird 3; ship 1" in found.message
     assert "30% of pixels are clipped, of real ones 2%" in found.message
-    assert found.remedies[0].do == "sample with guidance 3"
+    assert found.remedies[0].do == "sample with guidance 3: --sampling.guidance 3"
     (hopeless,) = told("over-stylised", sweep(STRONG) | USED_9).findings
     assert "No weight is free of it" in hopeless.message
 

@@ -192,9 +192,8 @@ class Monitor:
     def look(self) -> Diagnosis:
         """Reads the probe at every tap, and judges; called by ``step``, and whenever you like."""
         self._parameters = list(self.model.parameters())  # some may have been added, or thawed
-        if not self._before and "dead_parameters" in self.facts:
+        if not self._before:
             self._tell_dead()
-            self._write_facts()
         if self.optimizer is not None:
             self.facts["not_in_optimizer"] = audits.not_in_optimizer(self.model, self.optimizer)
         found = panel.Panel({}, {})
@@ -261,9 +260,8 @@ class Monitor:
 
     def close(self) -> Diagnosis:
         """The last verdict; closes the history."""
-        if "dead_parameters" in self.facts:
-            self._muted = False
-            self.facts["dead_parameters"] = self.silence.by_module()
+        if not self._before:
+            self._tell_dead(over=True)
         self._write_facts()
         diagnosis = self.judge()
         self.history.close()
@@ -321,19 +319,19 @@ class Monitor:
         self._muted = muted and self.count < self.start + (self.steps or math.inf) / 2
         if first or not self._before:
             return
-        self._tell_dead()
         if self.optimizer is not None:
             still = audits.unmoved(self.model, self._before, self.optimizer)
             self.facts["unmoved"] = [name for name in still if name not in (self.silence.silent or ())]
         self._before = {}
-        self._write_facts()
+        self._tell_dead()
 
-    def _tell_dead(self) -> None:
-        early = self.count < self.start + self.every
-        dead = {} if self._muted else self.silence.by_module(absent=early)
+    def _tell_dead(self, over: bool = False) -> None:
+        early = not over and self.count < self.start + self.every
+        dead = {} if self._muted and not over else self.silence.by_module(absent=early)
         if dead and not self.facts.get("dead_parameters"):
             self.facts["dead_told_at"] = self.count
         self.facts["dead_parameters"] = dead
+        self._write_facts()
 
     def _try_probe(self) -> None:
         """Once, before training: what fails on the probe fails now."""
