@@ -30,7 +30,9 @@ def test_what_fails_is_repaired_and_the_changelog_says_on_what_evidence(tmp_path
 @pytest.mark.slow
 def test_a_step_that_is_not_finite_is_repaired_too(tmp_path, shapes):
     given = (f"--data.source={shapes}", *SHAPES, *SHORT)
-    last = train(tmp_path, *given, "--name=wild", "--optim.kind=adamw", "--optim.rate=1e6", "--optim.clip=0", autopilot=4.0)
+    last = train(
+        tmp_path, *given, "--name=wild", "--optim.kind=adamw", "--optim.rate=1e6", "--optim.clip=0", autopilot=4.0
+    )
     assert last.record["status"] == "finished"
     assert last.config().optim.rate < 1
 

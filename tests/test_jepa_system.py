@@ -128,6 +128,7 @@ def test_fine_tuning_goes_on_with_the_parents_codes_at_a_tenth_of_the_rate(infon
     assert first["train/loss/commitment"] > 0, "a codebook that has started is used from the first step"
     assert set(updates_per_step(child)) == {1.0}
     assert "codes-polluted" not in failing(child)
+    assert child.record["loaded"] == {"missing": [], "unexpected": [], "reshaped": []}
 
 
 def updates_per_step(found: RunFolder) -> list[float]:

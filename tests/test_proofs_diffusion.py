@@ -57,6 +57,12 @@ def prepared(tmp_path_factory: pytest.TempPathFactory) -> Prepared:
     return prepare_pictures(config, seed=0)
 
 
+def test_flips_are_measured_and_not_believed(prepared: Prepared):
+    flip = prepared.record["augmentations"]["flip"]
+    assert flip["changed"] > 0.9
+    assert flip["variety"] > 0.9
+
+
 NETWORK = {"patch": 2, "widths": [8, 16], "blocks": 1, "attention": [1], "dropout": 0.0}
 
 

@@ -8,6 +8,9 @@ import pytest
 from conftest import SHAPES, train
 
 from intaglio.cli import main
+from intaglio.config import JepaConfig, to_dict
+from intaglio.health.finding import Remedy
+from intaglio.health.remedies import changes
 from intaglio.history.run_folder import RunFolder
 from intaglio.training.remedy import judged, remedies, try_remedies
 from intaglio.training.run import branch
@@ -116,6 +119,23 @@ def test_a_change_that_helps_is_better_and_a_sham_is_not(collapsed, tmp_path, sh
     (control[1] / "evaluation.json").unlink()
     assert judged(proposal, control, [Path(p) for p in helped.treated]).verdict == "better"
     assert judged(proposal, [Path(p) for p in helped.treated], control).verdict == "worse"
+
+
+@pytest.mark.parametrize(
+    ("said", "now", "then"),
+    [
+        ("another learning rate: --optim.rate", 1e-6, "0.003"),
+        ("another learning rate: --optim.rate", 3e-3, "0.006"),
+        ("lower --optim.rate tenfold", 3.0, "0.003"),
+        ("lower --optim.rate tenfold", 3e-3, "0.0003"),
+        ("raise --optim.rate", 1e-4, "0.003"),
+        ("raise --optim.rate", 0.1, "0.2"),
+    ],
+)
+def test_a_remedy_that_does_not_say_how_far_goes_to_the_systems_own_value(said, now, then):
+    config = to_dict(JepaConfig("jepa"))
+    config["optim"]["rate"] = now
+    assert changes(Remedy(said), config) == {"optim.rate": then}
 
 
 def test_what_cannot_be_tried_is_said(collapsed, tmp_path, capsys):

@@ -386,6 +386,25 @@ def test_validation_that_trains_is_found_out():
     assert facts["changed_by_validation"] == ["embed.weight"]
 
 
+def test_modules_that_are_called_in_training_mode_are_named():
+    model, x = Tied(), torch.arange(7)
+    with audits.called_in_training_mode(model) as found:
+        model(x)
+    assert found == {"norm"}
+    model.eval()
+    with audits.called_in_training_mode(model) as found:
+        model(x)
+    assert found == set()
+    assert not any(m._forward_pre_hooks for m in model.modules())
+
+
+def test_a_rate_too_low_to_move_a_float_is_no_forgotten_tensor():
+    model = nn.Linear(3, 2)
+    for rate, expected in ((1e-9, []), (0.1, ["weight", "bias"])):
+        optimizer = torch.optim.SGD(model.parameters(), rate)
+        assert audits.unmoved(model, audits.fingerprints(model), optimizer) == expected
+
+
 def test_undisturbed_keeps_modes_generator_and_running_statistics():
     model = nn.Sequential(Tied(), nn.Sequential(nn.Dropout(), nn.Linear(7, 2)), nn.Dropout()).train()
     model[0].norm.eval()

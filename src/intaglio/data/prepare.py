@@ -159,11 +159,23 @@ def prepare_pictures(
         rows = prompts([c for several in captions for c in several])
     images = _pixels(corpus, config, progress)
     data = Pictures(images, labels, rows, first, config.flips)
+    if config.flips:
+        record["augmentations"] = {"flip": _survey(data, sides["train"])}
     record |= {
         "classes": len(names),
         "held-out images seen in training": seen_images(images, sides["train"], sides["val"]),
     }
     return Pictured(corpus, data, sides, fingerprint(corpus, sides, "pictures"), record)
+
+
+def _survey(data: Pictures, items: np.ndarray, draws: int = 8) -> dict[str, float]:
+    """Of some items: the share that some draw changes, and of which the draws are not all the same."""
+    few, rng = items[:64], np.random.default_rng(0)
+    plain = data.batch(few, np.zeros(len(few), np.int64)).x.numpy()
+    drawn = np.stack([data.training_batch(few, rng.integers(2**31, size=len(few))).x.numpy() for _ in range(draws)])
+    axes = tuple(range(2, drawn.ndim))
+    changed, various = (drawn != plain).any(axes), (drawn != drawn[0]).any(axes)
+    return {"changed": float(changed.any(0).mean()), "variety": float(various.any(0).mean())}
 
 
 def _read(

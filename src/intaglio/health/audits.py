@@ -35,6 +35,10 @@ def without_gradient(model: nn.Module) -> dict[str, int]:
     return dict(silent)
 
 
+LEAST_RATE = 1e-7
+"""Rates below this move a number of the size of 1 by less than float32 can tell."""
+
+
 class Silence:
     """Watches gradients: what stays without one is dead. ``absent`` are those that had not even zeros: never called."""
 
@@ -72,8 +76,8 @@ def fingerprints(model: nn.Module) -> dict[str, str]:
 
 
 def unmoved(model: nn.Module, before: Mapping[str, str], optimizer: torch.optim.Optimizer) -> list[str]:
-    """Trainable tensors in the optimizer, at a rate that is not 0, that are what they were ``before``."""
-    moving = {id(p) for group in optimizer.param_groups if group["lr"] for p in group["params"]}
+    """Trainable tensors in the optimizer, at a rate that can move a float, that are what they were ``before``."""
+    moving = {id(p) for group in optimizer.param_groups if group["lr"] >= LEAST_RATE for p in group["params"]}
     trained = [(n, p) for n, p in model.named_parameters() if p.requires_grad and p.numel() and id(p) in moving]
     return [n for n, p in trained if before.get(n) == _digest(p)]
 
@@ -85,6 +89,27 @@ def around_validation(model: nn.Module, facts: dict[str, Any]) -> Iterator[None]
     yield
     after = fingerprints(model)
     facts["changed_by_validation"] = [n for n in after if before.get(n) != after[n]]
+
+
+@contextmanager
+def called_in_training_mode(model: nn.Module) -> Iterator[set[str]]:
+    """Names of the modules with buffers that are called inside while they are in training mode."""
+    found: set[str] = set()
+
+    def watch(name: str) -> Callable[[nn.Module, Any], None]:
+        def look(module: nn.Module, given: Any) -> None:
+            if module.training:
+                found.add(name)
+
+        return look
+
+    watched = [(n, m) for n, m in model.named_modules() if n and any(True for _ in m.buffers(recurse=False))]
+    hooks = [m.register_forward_pre_hook(watch(name)) for name, m in watched]
+    try:
+        yield found
+    finally:
+        for hook in hooks:
+            hook.remove()
 
 
 @contextmanager

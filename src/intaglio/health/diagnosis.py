@@ -191,6 +191,8 @@ def facts_of(folder: RunFolder) -> dict[str, Any]:
     if "seed" in folder.record:
         changed = folder.record.get("changed_from_parent", [])
         facts["provenance"] = {"seed": folder.record["seed"], "changed": changed}
+    if "loaded" in folder.record:
+        facts["loaded"] = folder.record["loaded"]
     data = folder.record.get("data")
     if data:
         lost = {k: n for k, n in data["intake"]["counts"].items() if k in LOST}

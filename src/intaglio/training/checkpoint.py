@@ -13,6 +13,8 @@ from typing import Any
 
 import torch
 from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
+from safetensors.torch import load_file
+from torch import nn
 
 from intaglio import config as configuration
 from intaglio.config import Config
@@ -114,6 +116,19 @@ def refuse_other_recipe(old: Config, new: Config, where: Path) -> None:
             f"{where} was trained with another configuration ({listed}). To go on with a changed one use --from "
             f"{where}, which starts a fresh optimizer; --resume changes only {', '.join(RESUMABLE)}."
         )
+
+
+def taken_over(model: nn.Module, saved: Path) -> dict[str, list[str]]:
+    """What a model that is to go on learning lacks of a saved one, as the fact ``loaded`` of partial-load: tensors that
+    are not what was saved, that it does not have, and of another shape."""
+    state, kept = model.state_dict(), load_file(saved / "model.safetensors")
+    common = {n: t for n, t in kept.items() if n in state}
+    same_shape = {n: t for n, t in common.items() if state[n].shape == t.shape}
+    return {
+        "missing": [n for n, t in same_shape.items() if not torch.equal(state[n].cpu(), t)],
+        "unexpected": [n for n in kept if n not in state],
+        "reshaped": [n for n in common if n not in same_shape],
+    }
 
 
 def name(step: int) -> str:

@@ -101,10 +101,12 @@ class Health:
         if self.validations & (self.validations - 1):
             yield
             return
-        known = self.facts.get("changed_by_validation", [])
-        with audits.around_validation(system, self.facts):
+        found: dict[str, Any] = {}
+        with audits.around_validation(system, found), audits.called_in_training_mode(system) as training:
             yield
-        self.facts["changed_by_validation"] = list(dict.fromkeys([*known, *self.facts["changed_by_validation"]]))
+        found["training_in_validation"] = sorted(training)
+        for name, now in found.items():
+            self.facts[name] = list(dict.fromkeys([*self.facts.get(name, ()), *now]))
         self._write()
 
     def audit(self, system: System, optimizer: torch.optim.Optimizer) -> None:

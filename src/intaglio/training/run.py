@@ -119,7 +119,7 @@ def train(
         for notice in notices(prepared):
             folder.notice(notice)
         say(f"run folder {folder.path}")
-    return _fit(kind, prepared, folder, None, model, say, alter)
+    return _fit(kind, prepared, folder, None, model, say, alter, source)
 
 
 def _resume(path: str | Path, overrides: Sequence[str], recipe: str | Path | None, say: "_Teller") -> RunFolder:
@@ -212,10 +212,13 @@ def _fit(
     model: Any,
     say: "_Teller",
     alter: Callable[[System], None] | None = None,
+    parent: RunFolder | None = None,
 ) -> RunFolder:
     """Trains, then measures and writes; leaves ``run.json`` saying how it ended whatever happens."""
     config = kind.config
     system = kind.build(prepared, model)
+    if parent is not None and folder is not None:
+        folder.update(loaded=checkpoint.taken_over(system.model, parent.whole_model()))
     if alter is not None:
         alter(system)
     for line in describe_groups(system.configure_optimizers()["optimizer"].param_groups):

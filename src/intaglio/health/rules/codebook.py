@@ -256,7 +256,7 @@ def codes_polluted(record: Record, limits: Limits) -> Iterator[Finding]:
 
     Seen by a digest of the codebook before and after a look at held-out items; updates over optimizer steps.
 
-    ``changed_by_validation``: names of tensors, those of a codebook by their names.
+    ``changed_by_validation``, ``training_in_validation``: names of tensors and modules, a codebook's by their names.
     """
     moved = [n for n in record.facts.get("changed_by_validation", ()) if any(word in n.lower() for word in QUANTISER)]
     if moved:
@@ -266,6 +266,15 @@ def codes_polluted(record: Record, limits: Limits) -> Iterator[Finding]:
             f"Looking at held-out items changed {len(moved)} tensors of the codebook, {moved[0]} among them.",
             {"tensors": len(moved)},
             remedies("update the codebook only in training mode"),
+        )
+    training = record.facts.get("training_in_validation", ())
+    if not moved and (called := [n for n in training if any(word in n.lower() for word in QUANTISER)]):
+        yield Finding(
+            "codes-polluted",
+            "fail",
+            f"{called[0]} is in training mode while held-out items are looked at: its next update counts them.",
+            {"modules": len(called)},
+            remedies("model.eval() before validation, model.train() after"),
         )
     for name, s in record.matching("val/*/codebook_moved").items():
         if s.values.any():

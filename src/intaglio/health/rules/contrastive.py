@@ -14,7 +14,7 @@ from intaglio.history import NotMeasured
 
 @rule(
     id="near-chance",
-    follows=("latent-ignores-input", "learning-rate-off"),
+    follows=("latent-ignores-input", "anisotropic", "learning-rate-off"),
     source="van den Oord et al. 2018, eq. 4",
     case="J: 7.98 of 9.07",
     needs=("val/loss/contrastive", "val/loss/infonce", "val/contrastive/loss", "val/contrastive/top1"),
@@ -48,7 +48,7 @@ def near_chance(record: Record, limits: Limits) -> Iterator[Finding | NotMeasure
 
 @rule(
     id="trivial-pair",
-    follows=("rank-collapse", "latent-ignores-input"),
+    follows=("rank-collapse", "anisotropic", "latent-ignores-input"),
     source="intervene, don’t only watch",
     case="E: InfoNCE(z, z); J",
     needs=("val/*/distinct_views", "val/*/strangers_nats"),

@@ -135,18 +135,19 @@ def rank_collapse(record: Record, limits: Limits) -> Iterator[Finding | NotMeasu
     case="J: measured its own 1e-6",
     needs=("val/*/participation_ratio",),
     log="latents of a probe batch",
-    limits={"share": 0.02},
+    limits={"share": 0.02, "single": 1.2},
 )
 def anisotropic(record: Record, limits: Limits) -> Iterator[Finding]:
     """One direction dominates the latents.
 
-    Seen by participation ratio over that of as many Gaussian vectors, no jitter in the ratio.
+    Seen by participation ratio over that of as many Gaussian vectors, no jitter in the ratio; it fails where a single
+    direction is left.
     """
     for name, s in record.matching("val/*/participation_ratio").items():
         if s.null is not None and s.value < max(1.5, limits["share"] * s.null):
             yield Finding(
                 "anisotropic",
-                "warning",
+                "fail" if s.value < limits["single"] else "warning",
                 f"One direction carries most of the variance of {site(name)}: {s.value:.1f} directions take part, "
                 f"{s.null:.0f} would in Gaussian noise.",
                 {"participation_ratio": s.value, "null": s.null},

@@ -158,7 +158,13 @@ TRAINED = (
         "Thirty images are all there is, and the training goes on.",
         ("memorised",),
         changes=(SHAPES,),
-        options={"data.items": 160, "data.held_out": 0.8, "train.steps": 600, "train.validate_every": 200}
+        options={
+            "data.items": 160,
+            "data.held_out": 0.8,
+            "train.batch_size": 16,
+            "train.steps": 600,
+            "train.validate_every": 200,
+        }
         | {"model.widths": [32, 32], "optim.rate": 5e-3, "sampling.steps": 12},
         case="D memorised",
         minor=True,

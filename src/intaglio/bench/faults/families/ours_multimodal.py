@@ -24,7 +24,7 @@ OPTIONS: dict[str, Any] = {
 }  # fmt: skip
 
 BRIEF: dict[str, Any] = {
-    "train.steps": 24, "optim.warmup": 4, "train.validate_every": 8, "train.log_every": 2, "prior.layers": 0,
+    "train.steps": 120, "prior.layers": 0,
 }  # fmt: skip
 """Enough for what is wrong from the start."""
 
