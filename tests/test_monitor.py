@@ -273,7 +273,9 @@ class Module(L.LightningModule):
         return self.net(x)
 
     def training_step(self, batch):
-        return (self(batch) - batch).square().sum(1).mean()
+        rebuilt = self(batch)
+        self.terms = {"error": (rebuilt - batch).square().sum(1).mean(), "size": (rebuilt.square().mean(), 0.0)}
+        return self.terms["error"]
 
     def validation_step(self, batch):
         self.log("val_loss", self.training_step(batch))
@@ -306,6 +308,19 @@ def test_the_lightning_callback_changes_nothing_and_reads_what_lightning_knows(t
     assert norms.max() > 0.5, "before clipping"
     assert watch.diagnosis is not None
     assert watch.monitor.facts["changed_by_validation"] == []
+
+
+def test_the_lightning_callback_is_told_terms_with_their_weights_and_what_audits_found(tmp_path):
+    leaks = {"the same item": 3}
+    watch = MonitorCallback(tmp_path / "run", terms=lambda m: m.terms, facts={"leaks": leaks}, every=8, log_every=2)
+    a, b = fit_lightning(), fit_lightning(watch)
+    assert all(torch.equal(x, y) for x, y in zip(a.state_dict().values(), b.state_dict().values(), strict=True))
+    table = read_history(watch.monitor.folder.metrics)
+    assert set(table["name"]) >= {"train/loss/error", "train/weight/size", "train/term.error/gradient_norm"}
+    looked = table.filter(table["name"] == "train/term.error/gradient_norm")["step"]
+    assert looked.to_list() == sorted(set(looked)), "once a step, not once a micro-batch"
+    assert watch.monitor.facts["leaks"] == leaks
+    assert "split-leak" in [f.rule for f in watch.diagnosis.findings]
 
 
 def test_an_argument_that_the_monitor_does_not_have_is_refused_at_once(tmp_path):

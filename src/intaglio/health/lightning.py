@@ -5,6 +5,7 @@
 Losses are what ``training_step`` returns; held-out numbers are what validation logs.
 """
 
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,23 +14,41 @@ import torch
 from torch import Tensor
 
 from intaglio.health.diagnosis import Diagnosis
-from intaglio.health.monitor import Monitor, options
+from intaglio.health.monitor import Loss, Monitor, options
 
 
 class MonitorCallback(L.Callback):
-    """Watches a ``Trainer.fit``; ``more`` are arguments of ``Monitor``. ``diagnosis`` is the verdict at its end.
+    """Watches a ``Trainer.fit``; ``diagnosis`` is the verdict at its end.
+
+    Args:
+        folder: gets what the monitor writes; must be new or empty.
+        probe: a fixed held-out batch.
+        terms: the terms of the loss that ``training_step`` just gave, of the module, as ``lambda m: m.terms``: a value
+            with its weight by name. With them their gradients are measured, and the weights that were applied.
+        facts: what audits found before training, as ``{"leaks": {"the same picture": 12}}``.
+        more: other arguments of ``Monitor``.
 
     Works with automatic optimization; of several optimizers the first is watched, and on several processes the first
     process watches.
     """
 
-    def __init__(self, folder: str | Path, probe: Any = None, **more: Any):
+    def __init__(
+        self,
+        folder: str | Path,
+        probe: Any = None,
+        *,
+        terms: Callable[[Any], Mapping[str, Loss]] | None = None,
+        facts: Mapping[str, Any] | None = None,
+        **more: Any,
+    ):
+        self.terms, self.facts = terms, dict(facts or {})
         self.probe, self.options = probe, options(folder=folder, **more)
         self.monitor: Monitor | None = None
         self.diagnosis: Diagnosis | None = None
-        self._loss: Tensor | float = float("nan")
+        self._loss: dict[str, Loss] = {}
         self._batch: Any = None
         self._validation: Any = None
+        self._last = True
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         if not trainer.is_global_zero:
@@ -45,14 +64,19 @@ class MonitorCallback(L.Callback):
             scaled=trainer.precision == "16-mixed",
             **self.options,
         )
+        if self.facts:
+            self.monitor.audit(**self.facts)
 
     def on_train_batch_start(
         self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
     ) -> None:
-        self._batch = batch
+        self._batch, self._last = batch, (batch_idx + 1) % trainer.accumulate_grad_batches == 0
 
     def on_before_backward(self, trainer: L.Trainer, pl_module: L.LightningModule, loss: Tensor) -> None:
-        self._loss = loss.detach() * trainer.accumulate_grad_batches
+        terms = self.terms(pl_module) if self.terms else {}
+        if terms and self.monitor and self._last:
+            self.monitor.before_backward(terms)
+        self._loss = {"total": loss.detach() * trainer.accumulate_grad_batches, **terms}
 
     def on_before_optimizer_step(
         self, trainer: L.Trainer, pl_module: L.LightningModule, optimizer: torch.optim.Optimizer
