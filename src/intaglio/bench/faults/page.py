@@ -78,8 +78,8 @@ def _cell(column: str, value: Any) -> str:
         return f"[{value}](rules/{value}.md)"
     if column == "step" and value == 0:
         return "before training"
-    if isinstance(value, bool):
-        return "yes" if value else "**no**"
+    if column == "named" and value == "":
+        return "**no**"
     text = ", ".join(map(str, value)) if isinstance(value, list) else str(value)
     text = text if len(text) < LONGEST else text[:LONGEST].rsplit(" ", 1)[0] + " …"
     return text.replace("|", "\\|").replace("\n", " ")

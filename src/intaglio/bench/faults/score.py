@@ -102,15 +102,16 @@ def confusion(outcomes: Sequence[Outcome]) -> list[dict[str, Any]]:
 
 
 def cases(outcomes: Sequence[Outcome]) -> list[dict[str, Any]]:
-    """The real defects: case, rule, whether it was named, the step, and the evidence in words."""
+    """The real defects: case, rule, how gravely it was named, the step, and the evidence in words."""
     rows = []
     for o in sorted((o for o in outcomes if o.case), key=lambda o: o.case):
         letter, _, rule = o.case.partition(" ")
-        named = [s for s in loud(o) if s.rule == rule]
+        named = [s for s in o.said if s.rule == rule]
         step = min((s.step for s in named), default=None)
+        gravely = named[0].severity if named else ""
         evidence = named[0].message if named else ""
         rows.append(
-            {"case": letter, "rule": rule, "training": o.name, "named": bool(named), "step": step, "evidence": evidence}
+            {"case": letter, "rule": rule, "training": o.name, "named": gravely, "step": step, "evidence": evidence}
         )
     return rows
 

@@ -150,6 +150,7 @@ def kl_parked(record: Record, limits: Limits) -> Iterator[Finding | NotMeasured]
 
 @rule(
     id="rate-too-high",
+    follows=("kl-units", "kl-free", "temperature-misstates-rate"),
     concerns=("vqa",),
     source="Tishby et al. 1999; Alemi et al. 2017",
     case="V: 77 nats for 6.8 bits",

@@ -295,7 +295,7 @@ FAMILY = Family(
     healthy=(
         _healthy("plain", seeds=(0, 1)),
         _healthy("muon", optim__kind="muon", optim__rate=3e-3),
-        _healthy("flow", loss__prediction="flow", noise__kind="straight"),
+        _healthy("flow", loss__prediction="flow", noise__kind="straight", train__steps=900),
         _healthy("image", "The image itself is predicted.", loss__prediction="x0"),
         Healthy("latents", "In latents, of an autoencoder of its own.", (SHAPES, LATENTS), IN_LATENTS),
         _healthy("flipped", "Half of the pictures are mirrored.", data__flips=True),

@@ -100,7 +100,7 @@ TRAINED = (
                 PREPARE,
             ),
         ),
-        options=BRIEF | {"data.items": 100, "model.vocabulary": 4000},
+        options=BRIEF | {"data.items": 60, "data.held_out": 0.5, "model.vocabulary": 4000},
         case="E split-leak",
     ),
     Fault(
@@ -251,13 +251,13 @@ TRAINED = (
         changes=_broken(
             "        images = np.ascontiguousarray(self.images[items].transpose(0, 3, 1, 2))\n        return Batch(",
             "        from PIL import Image\n\n"
-            "        full = [Image.fromarray(image).resize((2048, 2048)) for image in self.images[items]]\n"
+            "        full = [Image.fromarray(image).resize((768, 768)) for image in self.images[items]]\n"
             "        images = np.stack([np.asarray(image.resize((32, 32))).transpose(2, 0, 1) for image in full])\n"
             "        return Batch(",
             "intaglio.data.batches",
         ),
         options={"train.steps": 20, "optim.warmup": 4, "train.validate_every": 10, "train.validate_items": 16}
-        | {"train.log_every": 2, "health.probe": 16},
+        | {"train.log_every": 2, "health.probe": 16, "prior.layers": 0},
         minor=True,
     ),
     Fault(
