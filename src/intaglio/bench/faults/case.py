@@ -57,13 +57,17 @@ class Fault:
 
 @dataclass(frozen=True)
 class Healthy:
-    """A training that nothing is wrong with, once for each seed; ``what`` says why it is hard to tell, if it is."""
+    """A training that nothing is wrong with, once for each seed; ``what`` says why it is hard to tell, if it is.
+
+    ``case`` is the letter of a real run that was taken for ill, and the rule whose note says that it is not.
+    """
 
     name: str
     what: str = ""
     changes: tuple[Change, ...] = ()
     options: Mapping[str, Any] = field(default_factory=dict)
     seeds: tuple[int, ...] = (0,)
+    case: str = ""
 
 
 @dataclass(frozen=True)

@@ -89,7 +89,7 @@ def judged(case: Case, record: dict[str, Any], folder: Path) -> Outcome:
     able = {name: value > null for name, (value, null) in record.get("able", {}).items()}
     return Outcome(
         case.name, case.family.name, case.family.split, case.seed, fault is not None, bool(fault and fault.minor),
-        fault.rules if fault else (), fault.case if fault else "", kind.what, record["status"], record["error"], steps,
+        fault.rules if fault else (), kind.case, kind.what, record["status"], record["error"], steps,
         round(record.get("seconds", 0.0), 2), round(record.get("monitor_seconds", 0.0), 3),
         all(able.values()) if able else None, tuple(said),
     )  # fmt: skip

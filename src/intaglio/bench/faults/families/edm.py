@@ -318,6 +318,7 @@ FAMILY = Family(
             "average-under-other-names",
             "The averaging wrapper's state, whose names all begin with “module.”, is saved, and loaded not strictly.",
             ("partial-load",),
+            case="D partial-load",
             changes=(
                 Change("torch.save(averaged.module.state_dict(), ", "torch.save(averaged.state_dict(), "),
                 Change("artist.load_state_dict(state)", "artist.load_state_dict(state, strict=False)"),

@@ -373,6 +373,7 @@ FAMILY = Family(
         Healthy(
             "parked",
             "The rate is parked at its free bits: an attractor, and no fault. V: three days were lost on it.",
+            case="V kl-parked",
             options={
                 "loss.floor": 1.5,
                 "loss.kl": 0.3,
