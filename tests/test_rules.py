@@ -40,6 +40,7 @@ SPIKE = np.where(STEPS == 1000, 20.0, HEALTHY)
 NAN = np.where(STEPS > 1500, np.nan, HEALTHY)
 UP = np.where(STEPS > 1500, HEALTHY + (STEPS - 1500) / 100, HEALTHY)
 LATE = np.where(STEPS < 1000, 3.3, 0.3 + 3 * np.exp(-(STEPS - 1000) / 200)) + 0.02 * NOISE
+WIDE = {f"val/context/context_repeated{end}": looks(x) for end, x in (("", 0.1), ("_low", -0.1), ("_high", 0.3))}
 OPTIM = {"optim": {"rate": 1e-3, "floor": 1e-6, "warmup": 100, "schedule": "cosine"}, "system": None}
 TURNED = np.array([3, 2, 1.5, 1.2, 1.1, 1.3, 1.6, 2.0, 2.4, 2.8])
 
@@ -108,7 +109,8 @@ CASES = [
     ("latent-ignores-input", {"val/latent/varying_share": looks(0.5)}, []),
     ("rank-collapse", {"val/latent/covariance_rank": looks(7, null=220)}, ["fail"]),
     ("rank-collapse", {"val/latent/covariance_rank": looks(120, null=220)}, []),
-    ("anisotropic", {"val/latent/participation_ratio": looks(1.1, null=180)}, ["warning"]),
+    ("anisotropic", {"val/latent/participation_ratio": looks(1.1, null=180)}, ["fail"]),
+    ("anisotropic", {"val/latent/participation_ratio": looks(1.4, null=180)}, ["warning"]),
     ("anisotropic", {"val/latent/participation_ratio": looks(40, null=180)}, []),
     ("prior-mismatch", {"val/prior/object": looks(0.2, 0.1), "val/posterior/object": looks(0.9, 0.1)}, ["fail"]),
     ("prior-mismatch", {"val/prior/object": looks(0.86, 0.1), "val/posterior/object": looks(0.9, 0.1)}, []),
@@ -167,6 +169,7 @@ CASES = [
     ("codes-dead", {"train/vq/mass_ratio": series(0.4)}, ["warning"]),
     ("codes-dead", {"train/vq/dead_share": series(0.01), "train/vq/mass_ratio": series(1.0)}, []),
     ("codes-displaced", {"train/vq/norm_ratio": series(60)}, ["fail"]),
+    ("codes-displaced", {"train/vq/norm_ratio": series(3.4)}, ["warning"]),
     ("codes-displaced", {"train/vq/norm_ratio": series(0.9)}, []),
     (
         "codes-shrink",
@@ -185,6 +188,8 @@ CASES = [
     ("trivial-pair", {"val/pair/distinct_views": looks(1.0), "val/pair/strangers_nats": looks(2.0)}, []),
     ("context-order-inert", {"val/context/context_repeated": looks(0.0)}, ["fail"]),
     ("context-order-inert", {"val/context/context_repeated": looks(0.3)}, []),
+    ("context-order-inert", WIDE | {"val/loss/infonce": looks(1.0)}, None),
+    ("context-order-inert", WIDE | {"val/loss/infonce": looks(40.0)}, ["fail"]),
     ("temperature-stuck", {"train/pair/temperature": series(0.07)}, ["warning"]),
     (
         "temperature-stuck",
@@ -322,6 +327,27 @@ def test_symptoms_are_told_after_what_they_follow_from_and_are_not_made_graver()
         given = {"val/pair/strangers_nats": series(0.0, null=0), "val/image/covariance_rank": series(rank, null=60)}
         found = diagnose(Record(given, steps=2000), rules=rules).findings
         assert [f.rule for f in found] == expected, found
+
+
+def test_a_term_that_rises_where_another_pays_for_it_has_not_diverged():
+    given = {"train/loss/invariance": series(HEALTHY), "train/loss/covariance": series(UP)}
+    for weight, expected in ((1e-3, []), (1.0, ["fail"])):
+        weights = {"train/weight/invariance": series(1.0), "train/weight/covariance": series(weight)}
+        record = Record(given | weights, steps=2000)
+        assert [f.severity for f in diagnose(record, rules=chosen(["diverged"])).findings] == expected
+
+
+def test_a_total_begins_anew_where_its_terms_do():
+    early, late = STEPS[STEPS <= 1000], STEPS[STEPS > 1000]
+    falling, prior = np.exp(-early / 300), 3 + np.exp(-(late - 1000) / 300)
+    given = {
+        "train/loss/reconstruct": series(falling, steps=early),
+        "train/loss/prior": series(prior, steps=late),
+        "train/loss/total": series(np.concatenate([falling, prior])),
+    }
+    assert not diagnose(Record(given, steps=2000), rules=chosen(["diverged"])).findings
+    alone = {"train/loss/total": given["train/loss/total"]}
+    assert diagnose(Record(alone, steps=2000), rules=chosen(["diverged"])).findings
 
 
 def test_held_out_losses_that_are_a_sum_beside_a_mean_are_not_taken_for_overfitting():

@@ -79,7 +79,7 @@ def unmoved(model: nn.Module, before: Mapping[str, str], optimizer: torch.optim.
     """Trainable tensors in the optimizer, at a rate that can move a float, that are what they were ``before``."""
     moving = {id(p) for group in optimizer.param_groups if group["lr"] >= LEAST_RATE for p in group["params"]}
     trained = [(n, p) for n, p in model.named_parameters() if p.requires_grad and p.numel() and id(p) in moving]
-    return [n for n, p in trained if before.get(n) == _digest(p)]
+    return [n for n, p in trained if n in before and before[n] == _digest(p)]
 
 
 @contextmanager

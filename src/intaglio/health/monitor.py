@@ -130,7 +130,7 @@ class Monitor:
         self.facts: dict[str, Any] = audits.parameters(model)
         self._before = audits.fingerprints(model)
         self._told: set[tuple[str, str]] = set()
-        self.validations, self._muted = 0, False
+        self.validations, self._muted, self._audited = 0, False, False
         if optimizer is not None:
             self.facts["not_in_optimizer"] = audits.not_in_optimizer(model, optimizer)
 
@@ -192,7 +192,7 @@ class Monitor:
     def look(self) -> Diagnosis:
         """Reads the probe at every tap, and judges; called by ``step``, and whenever you like."""
         self._parameters = list(self.model.parameters())  # some may have been added, or thawed
-        if not self._before:
+        if self._audited:
             self._tell_dead()
         if self.optimizer is not None:
             self.facts["not_in_optimizer"] = audits.not_in_optimizer(self.model, self.optimizer)
@@ -260,7 +260,7 @@ class Monitor:
 
     def close(self) -> Diagnosis:
         """The last verdict; closes the history."""
-        if not self._before:
+        if self._audited:
             self._tell_dead(over=True)
         self._write_facts()
         diagnosis = self.judge()
@@ -317,13 +317,9 @@ class Monitor:
         if first or (row and self.silence.silent):
             self.silence.look(self.model)
         self._muted = muted and self.count < self.start + (self.steps or math.inf) / 2
-        if first or not self._before:
-            return
-        if self.optimizer is not None:
-            still = audits.unmoved(self.model, self._before, self.optimizer)
-            self.facts["unmoved"] = [name for name in still if name not in (self.silence.silent or ())]
-        self._before = {}
-        self._tell_dead()
+        if not first and not self._audited:
+            self._audited = True
+            self._tell_dead()
 
     def _tell_dead(self, over: bool = False) -> None:
         early = not over and self.count < self.start + self.every
@@ -331,6 +327,11 @@ class Monitor:
         if dead and not self.facts.get("dead_parameters"):
             self.facts["dead_told_at"] = self.count
         self.facts["dead_parameters"] = dead
+        if self.optimizer is not None:
+            silent = self.silence.silent or set()
+            still = audits.unmoved(self.model, self._before, self.optimizer)
+            self._before = {n: d for n, d in self._before.items() if n in still or n in silent}
+            self.facts["unmoved"] = [n for n in still if n not in silent and not early]
         self._write_facts()
 
     def _try_probe(self) -> None:

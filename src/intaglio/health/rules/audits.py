@@ -46,7 +46,9 @@ def dead_parameters(record: Record, limits: Limits) -> Iterator[Finding]:
             candidates=(
                 "it is never called: randomise it, which would cost nothing",
                 "its branch is masked or detached",
-            ),
+            )
+            if count < total
+            else ("gradients are emptied between backward and the update: call zero_grad before backward",),
         )
 
 

@@ -14,6 +14,7 @@ from intaglio.history import NotMeasured
 
 @rule(
     id="posterior-collapse",
+    follows=("diverged",),
     source="Bowman et al. 2016; He et al. 2019",
     needs=("val/*/kl_nats", "train/loss/kl", "val/loss/kl"),
     log="KL(q(z|x) || N(0, I)) per item, raw, as val/SITE/kl_nats",

@@ -151,7 +151,7 @@ def codes_dead(record: Record, limits: Limits) -> Iterator[Finding | NotMeasured
     case="J: norm 700; EMA mass that starts at zero",
     needs=("*/*/norm_ratio", "train/loss/vq", "train/loss/commitment", "train/loss/quantiser"),
     log="the norms of codes and of their inputs",
-    limits={"times": 3.0, "grown": 10.0},
+    limits={"times": 3.0, "fail": 5.0, "grown": 10.0},
 )
 def codes_displaced(record: Record, limits: Limits) -> Iterator[Finding | NotMeasured]:
     """The codes lie far from the data.
@@ -168,7 +168,7 @@ def codes_displaced(record: Record, limits: Limits) -> Iterator[Finding | NotMea
         elif not 1 / limits["times"] < s.value < limits["times"]:
             yield Finding(
                 "codes-displaced",
-                "fail",
+                "warning" if 1 / limits["fail"] < s.value < limits["fail"] else "fail",
                 f"The codes of {name.split('/')[1]} are {s.value:.3g} times as long as what they stand for.",
                 {"norm_ratio": s.value},
                 remedies("start EMA sums and counts together, from the same tokens", "start the codes by k-means"),

@@ -14,7 +14,7 @@ from intaglio.history import NotMeasured
 
 @rule(
     id="near-chance",
-    follows=("latent-ignores-input", "anisotropic", "learning-rate-off"),
+    follows=("latent-ignores-input", "anisotropic", "learning-rate-off", "diverged"),
     source="van den Oord et al. 2018, eq. 4",
     case="J: 7.98 of 9.07",
     needs=("val/loss/contrastive", "val/loss/infonce", "val/contrastive/loss", "val/contrastive/top1"),
@@ -91,14 +91,15 @@ def trivial_pair(record: Record, limits: Limits) -> Iterator[Finding]:
     case="J: one grid three times",
     needs=("val/*/context_permuted", "val/*/context_repeated", "val/*/context_strangers", "val/*/context_distinct"),
     log="these trials: a monitor that is given the context runs them",
-    limits={"cost": 1e-6, "distinct": 0.5},
+    limits={"cost": 1e-6, "distinct": 0.5, "share": 0.05},
 )
-def context_order_inert(record: Record, limits: Limits) -> Iterator[Finding]:
+def context_order_inert(record: Record, limits: Limits) -> Iterator[Finding | NotMeasured]:
     """The context is one frame repeated, or permuting, repeating or exchanging its frames changes nothing.
 
     Seen by what a prediction costs more with another item's context, with one frame repeated, and with frames
-    permuted: nothing where 0 lies in the interval; and by the share of contexts whose frames differ at all. The order
-    of what is a set need not matter, nor the number of examples of one rule.
+    permuted: nothing where 0 lies in the interval, and no twentieth of the held-out loss does; and by the share of
+    contexts whose frames differ at all. The order of what is a set need not matter, nor the number of examples of one
+    rule.
     """
     told: tuple[tuple[str, Severity, str], ...] = (
         ("strangers", "fail", "The context of another item costs {site} nothing ({cost:.2g}): it is not read."),
@@ -115,10 +116,14 @@ def context_order_inert(record: Record, limits: Limits) -> Iterator[Finding]:
                 remedies("look at how a context is put together: frames that are all the same teach nothing"),
                 step=int(s.steps[-1]),
             )
+    size = max((abs(s.value) for s in record.matching("val/loss/*").values()), default=float("inf"))
     for change, severity, message in told:
         for name, s in record.matching(f"val/*/context_{change}").items():
             low, high = (record.get(f"{name}_{end}") for end in ("low", "high"))
             unsure = low is not None and high is not None and low.value <= 0 <= high.value
+            if unsure and high is not None and high.value > limits["share"] * size:
+                yield NotMeasured(f"{name}: 0 lies in its interval, as does {high.value:.2g}: give more held-out items")
+                continue
             if abs(s.value) < limits["cost"] or (unsure and record.settled(s)):
                 yield Finding(
                     "context-order-inert",

@@ -40,6 +40,7 @@ def _end(record: Record, name: str, end: str) -> float:
 
 @rule(
     id="condition-ignored",
+    follows=("diverged",),
     concerns=("diffusion",),
     source="intervene, don’t only watch; Ho & Salimans 2022",
     case="D: CLIP table loaded after the model was built",
@@ -463,7 +464,7 @@ def null_mismatch(record: Record, limits: Limits) -> Iterator[Finding]:
     case="D: t = 700 of 500; √SNR .068",
     needs=("train/noise/terminal_snr",),
     log="the SNR of the last noise level as train/noise/terminal_snr",
-    limits={"snr": 1e-5},
+    limits={"snr": 1e-4},
 )
 def schedule_mismatch(record: Record, limits: Limits) -> Iterator[Finding]:
     """Sampling starts from pure noise, and the last level that was trained on is none.

@@ -23,7 +23,7 @@ LOWER_IS_BETTER = ("*/loss/*", "*/*/nats_per_token", "*/*/mse", "*/*/error")
 @rule(
     id="no-learning",
     symptom=True,
-    follows=("learning-rate-off", "tied-and-frozen", "range-mismatch", "near-chance", "plateau"),
+    follows=("learning-rate-off", "tied-and-frozen", "range-mismatch", "near-chance", "plateau", "diverged"),
     source="no number without its null",
     case="J, E",
     needs=("train/loss/*", "val/loss/*", "train/*/nats_per_token"),

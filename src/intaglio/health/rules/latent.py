@@ -19,6 +19,7 @@ def site(name: str) -> str:
 
 @rule(
     id="latent-ignores-input",
+    follows=("diverged",),
     source="between-group share of variance, Fisher 1925; held against the encoder's last bias",
     case="E: std .0255 was the default bias of Linear(512, 1024)",
     needs=("val/*/varying_share", "*/latent/std"),
@@ -95,7 +96,7 @@ def _like_a_bias(record: Record, limits: Limits) -> Iterator[Finding | NotMeasur
 @rule(
     id="rank-collapse",
     symptom=True,
-    follows=("learning-rate-off", "norm-pinned", "near-chance"),
+    follows=("learning-rate-off", "norm-pinned", "near-chance", "diverged"),
     source="Roy & Vetterli 2007; Garrido et al. 2023",
     case="J: 7 of 256",
     needs=("val/*/covariance_rank",),
@@ -158,6 +159,7 @@ def anisotropic(record: Record, limits: Limits) -> Iterator[Finding]:
 
 @rule(
     id="prior-mismatch",
+    follows=("free-running-gap",),
     source="Rosca et al. 2018; Tomczak & Welling 2018",
     case="E: norm .81 where 32 is due, 3,248 nats",
     needs=("val/prior/object", "val/*/prior_nats", "*/latent/std"),

@@ -16,6 +16,7 @@ ASIDE = (*BESIDE, *QUANTISER)
 
 @rule(
     id="term-inert",
+    follows=("trivial-pair", "augmentation-inert"),
     source="what is logged is what is applied",
     case="V: teacher; J: VQ loss; E: alignment",
     needs=("train/term.*/gradient_norm", "train/loss/*"),

@@ -10,6 +10,7 @@ from intaglio.history import NotMeasured
 
 @rule(
     id="decoder-ignores-latent",
+    follows=("diverged",),
     source="Bowman et al. 2016; intervene, don’t only watch",
     case="E: exactly 0",
     needs=("val/*/shuffled_latent_nats",),
@@ -162,6 +163,7 @@ def free_running_gap(record: Record, limits: Limits) -> Iterator[Finding | NotMe
 
 @rule(
     id="question-only",
+    follows=("diverged",),
     concerns=("vqa",),
     source="Goyal et al. 2017",
     case="V",

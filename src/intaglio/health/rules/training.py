@@ -99,13 +99,14 @@ def non_finite(record: Record, limits: Limits) -> Iterator[Finding]:
     case="V and J: gradients to 81",
     needs=MINIMISED,
     log="the loss, at least forty times",
-    limits={"deviations": 8.0, "share_lost": 0.5},
+    limits={"deviations": 8.0, "share_lost": 0.5, "least": 0.01},
 )
 def diverged(record: Record, limits: Limits) -> Iterator[Finding | NotMeasured]:
     """A loss leaves its own past for good.
 
     Seen by the median of the last quarter against the best stretch of as many rows before it, in robust standard
-    deviations of that stretch; a loss must also have given up a share of what it had gained. InfoNCE beside a queue is
+    deviations of that stretch; a loss must also have given up a share of what it had gained, and a hundredth of what it
+    was. Of a program whose terms are not known their weighed sum is judged. InfoNCE beside a queue is
     judged on held-out items alone: as the encoder slows, the queue's old embeddings become harder to tell apart. A
     prediction beside SIGReg is judged by their total: it rises where SIGReg moves embeddings apart.
     """
@@ -113,10 +114,10 @@ def diverged(record: Record, limits: Limits) -> Iterator[Finding | NotMeasured]:
     queued = bool((record.config.get("loss") or {}).get("queue"))
     traded = {"train/loss/prediction", "train/loss/sigreg"} <= set(record.series)
     curves = settled(record, record.matching(*MINIMISED))
-    if record.foreign:  # what a term of another program is for is not known, what is minimised is
+    if record.foreign or not record.config:  # what a term of another program is for is not known, its sum is minimised
         rebuilt = {n: finite(s) for n, s in record.matching("*/loss/reconstruction").items()}
         ramped = any(map(course.improved, rebuilt.values()))
-        curves = rebuilt if ramped else mains(record)
+        curves = rebuilt if ramped else minimised(record)
     for name, s in curves.items():
         several = len([n for n in curves if n.startswith(name.rpartition("/")[0] + "/")]) > 1
         if several and name.endswith("/total") != traded:
@@ -126,7 +127,9 @@ def diverged(record: Record, limits: Limits) -> Iterator[Finding | NotMeasured]:
         looked = True
         if queued and name == "train/loss/infonce":
             continue
-        twin = curves.get("train" + name.removeprefix("val")) if name.startswith("val/") and not queued else None
+        twin = None
+        if name.startswith("val/") and not queued:
+            twin = curves.get("train" + name.removeprefix("val"), curves.get("train/loss/total"))
         if twin is not None and course.improved(twin):
             continue  # on held-out items alone it is overfitting, or another scale
         width = max(3, len(s) // 4)
@@ -138,7 +141,8 @@ def diverged(record: Record, limits: Limits) -> Iterator[Finding | NotMeasured]:
         noise = mad(s.values[best : best + width] - rolling_median(s.values[best : best + width], 3)) + 1e-9
         noise = max(noise, course.noise(s.values)) if record.foreign else noise
         gained = float(s.values[0]) - then
-        if now - then > limits["deviations"] * noise and now - then > limits["share_lost"] * max(gained, 0.0):
+        least = max(limits["deviations"] * noise, limits["share_lost"] * gained, limits["least"] * abs(then))
+        if now - then > least:
             rising = s.steps[best + width - 1 :][s.values[best + width - 1 :] > then + limits["deviations"] * noise]
             step = int(rising[0]) if len(rising) else int(s.steps[-1])
             given_up = True
@@ -157,7 +161,7 @@ def diverged(record: Record, limits: Limits) -> Iterator[Finding | NotMeasured]:
     if not looked:
         yield NotMeasured(f"fewer than {FEWEST} rows of any loss under weights that stay as they are")
     elif not given_up and not queued:
-        yield from _lost(mains(record), record)
+        yield from _lost(minimised(record), record)
 
 
 def _lost(curves: Mapping[str, Series], record: Record) -> Iterator[Finding]:
@@ -398,6 +402,28 @@ def mains(record: Record) -> dict[str, Series]:
         total = f"{split}/loss/total"
         own = {n: s for n, s in curves.items() if n != total and not any(w in n for w in ASIDE)}
         found |= {total: curves[total]} if total in curves and not moving else own
+    return {n: s for n, s in found.items() if len(s)}
+
+
+def minimised(record: Record) -> dict[str, Series]:
+    """``mains``, but the terms of a split whose total is not known, or lifted by a ramp, weighed as they are at last:
+    one may rise by right where another pays for it. A total begins anew where a term comes or goes."""
+    found = mains(record)
+    for split in ("train", "val"):
+        total = f"{split}/loss/total"
+        known = {n: finite(s) for n, s in record.matching(f"{split}/loss/*").items() if n != total and len(finite(s))}
+        terms = {n: s for n, s in known.items() if not any(word in n for word in ADVERSARIAL)}
+        if total not in found and len(terms) > 1 and len({s.steps.tobytes() for s in terms.values()}) == 1:
+            weights = {n: record.get(f"train/weight/{n.rsplit('/', 1)[1]}") for n in terms}
+            summed = sum(s.values * (1.0 if (w := weights[n]) is None else w.value) for n, s in terms.items())
+            found = {n: s for n, s in found.items() if n not in terms}
+            found[total] = Series.of(next(iter(terms.values())).steps, np.asarray(summed))
+        elif total in found and known:
+            last = int(found[total].steps[-1])
+            ended = [int(s.steps[-1]) for s in known.values() if s.steps[-1] < 0.9 * last]
+            came = [int(s.steps[0]) - 1 for s in known.values() if s.steps[0] > 0.1 * last]
+            if since := max([*ended, *came], default=0):
+                found[total] = found[total].after(since)
     return {n: s for n, s in found.items() if len(s)}
 
 

@@ -316,7 +316,7 @@ def train(
 
 FAMILY = Family(
     "coca",
-    "judged",
+    "development",
     "pictures and sentences in one space, and a decoder that captions, transformers all; with a queue of negatives",
     faults=(
         Fault(

@@ -311,7 +311,7 @@ def train(
 
 FAMILY = Family(
     "edm",
-    "judged",
+    "development",
     "a diffusion model of pixels in the manner of EDM, told captions; an MLP-mixer",
     faults=(
         Fault(
@@ -368,7 +368,7 @@ FAMILY = Family(
         Fault(
             "gradients-emptied-before-the-step",
             "zero_grad() stands between backward and the step, so that no weight ever moves.",
-            ("not-in-optimizer", "no-learning", "plateau"),
+            ("dead-parameters", "not-in-optimizer", "no-learning", "plateau"),
             changes=(
                 Change("        optim.zero_grad()\n", ""),
                 Change("        optim.step()\n", "        optim.zero_grad()\n        optim.step()\n"),

@@ -260,7 +260,7 @@ def train(
 
 FAMILY = Family(
     "vib",
-    "judged",
+    "development",
     "answers to questions about pictures from a latent alone, held near a prior that knows the question",
     faults=(
         Fault(

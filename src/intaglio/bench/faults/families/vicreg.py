@@ -249,7 +249,7 @@ def train(
 
 FAMILY = Family(
     "vicreg",
-    "judged",
+    "development",
     "VICReg in Lightning: projections of two views agree, vary over the batch, and do not repeat themselves",
     faults=(
         Fault(

@@ -316,7 +316,7 @@ def train(
 
 FAMILY = Family(
     "vqprior",
-    "judged",
+    "development",
     "a VQ autoencoder of pictures, and a causal prior over its codes that is told colour and row",
     faults=(
         Fault(

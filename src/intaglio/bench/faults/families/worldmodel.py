@@ -269,7 +269,7 @@ def train(
 
 FAMILY = Family(
     "worldmodel",
-    "judged",
+    "development",
     "a latent world model of films, a variational recurrent network with a learnt prior",
     faults=(
         Fault(
