@@ -1,5 +1,6 @@
 """From a remedy's words to a command that can be run: the option that it names, moved as it says. No torch."""
 
+import math
 import re
 import shlex
 from collections.abc import Mapping
@@ -94,6 +95,24 @@ def _value(said: str, key: str, given: str, config: Mapping[str, Any]) -> str:
     else:
         return ""
     return f"{max(1, round(moved))}" if isinstance(now, int) else f"{moved:g}"
+
+
+def far_off(config: Mapping[str, Any], times: float = 10.0) -> dict[str, str]:
+    """Weights of losses, the rate and the guidance that are ``times`` the system's own or more, or less than a
+    ``times``-th, or on where it has them off; with the system's own values, the farthest first."""
+    keys = [*(f"loss.{name}" for name in config.get("loss", {})), "optim.rate", "sampling.guidance"]
+    apart: dict[str, float] = {}
+    for key in keys:
+        now: Any = config
+        for part in key.split("."):
+            now = now.get(part) if isinstance(now, Mapping) else None
+        usual = _usual(key, config)
+        if usual is None or not isinstance(now, int | float) or isinstance(now, bool) or now == usual:
+            continue
+        ratio = math.inf if not usual or not now else max(now / usual, usual / now)
+        if ratio >= times and now:
+            apart[key] = ratio
+    return {key: f"{_usual(key, config):g}" for key in sorted(apart, key=lambda key: -apart[key])}
 
 
 def _usual(key: str, config: Mapping[str, Any]) -> float | None:

@@ -10,6 +10,7 @@ branches are processes of their own, and the run itself is only read.
 
 import json
 import os
+import shlex
 import shutil
 import subprocess
 import sys
@@ -22,7 +23,7 @@ from typing import Any
 from intaglio import config as configuration
 from intaglio.health.diagnosis import all_of, diagnose
 from intaglio.health.finding import SEVERITIES, Finding, Severity
-from intaglio.health.remedies import changes, commanded
+from intaglio.health.remedies import changes, commanded, far_off
 from intaglio.health.replay import first_said
 from intaglio.history.run_folder import RunFolder, find, write_atomically
 from intaglio.reports.comparison import compare
@@ -31,6 +32,9 @@ BRANCH = "import sys; from intaglio.training.run import branch; branch(sys.argv[
 ANEW = "import sys; from intaglio.training.run import train; train(sys.argv[1], sys.argv[2:], quiet=True)"
 
 LENGTH = {"train.steps", "train.epochs"}
+
+SPOILT = 10.0
+"""A rate that is so many times off has left weights that nothing should go on from."""
 
 Say = Callable[[str], None]
 
@@ -113,13 +117,27 @@ def remedies(run: str | Path) -> Remedies:
         if finding.severity != "note":
             step = first.get((finding.rule, finding.severity), record.last_step)
             made += [_proposal(finding, k, folder, config, step) for k in range(len(finding.remedies))]
+    if made:
+        made[1:1] = _put_back(made[0], folder, config)
     return Remedies(str(folder.path), found.verdict, tuple(made))
+
+
+def _put_back(first: Proposal, folder: RunFolder, config: Mapping[str, Any]) -> list[Proposal]:
+    """Settings far off the system's own, put back one at a time, from the start."""
+    made = []
+    for key, usual in far_off(config).items():
+        do = f"put --{key} back to the system's own {usual}"
+        command = f"intaglio train {shlex.quote(f'{folder.path}/config.yaml')} --{key} {usual}"
+        made.append(Proposal(first.rule, first.severity, first.message, do, {key: usual}, command))
+    return made
 
 
 def _proposal(finding: Finding, k: int, folder: RunFolder, config: Mapping[str, Any], step: int) -> Proposal:
     remedy = commanded(finding, str(folder.path), config).remedies[k]
     changed = changes(remedy, config)
-    start = _last_before(folder, step) if not any(map(configuration.structural, changed)) else ""
+    rates = float(changed.get("optim.rate", config["optim"]["rate"])), config["optim"]["rate"]
+    spoilt = max(rates) >= SPOILT * min(rates)
+    start = _last_before(folder, step) if not spoilt and not any(map(configuration.structural, changed)) else ""
     return Proposal(
         finding.rule, finding.severity, finding.message, remedy.do, changed, remedy.command, remedy.wait, start
     )
@@ -243,8 +261,9 @@ def trained(
 def judged(proposal: Proposal, control: Sequence[Path], treated: Sequence[Path]) -> Tried:
     """Better, worse or cannot tell: by the held-out quantity, and by whether the finding is still made.
 
-    Better is a remedy that the comparison calls better, or equivalent, and with which the finding, made without it, is
-    made in no branch; worse one that it calls worse, or whose branches alone do not finish.
+    Better is a remedy with which the finding, made without it, is made in no branch, and that the comparison calls
+    better, or equivalent where none of its branches has another failing finding; worse one that it calls worse, or
+    whose branches alone do not finish.
     """
     ended = [[(folder / "evaluation.json").is_file() for folder in arm] for arm in (control, treated)]
     before, after = (sum(_made(proposal, folder) for folder in arm) for arm in (control, treated))
@@ -253,9 +272,10 @@ def judged(proposal: Proposal, control: Sequence[Path], treated: Sequence[Path])
         held_out, reason = compared.verdict, compared.reason
     else:
         held_out, reason = _by_endings(*ended)
+    gone = before > 0 and after == 0
     if held_out == "worse":
         verdict = "worse"
-    elif held_out in ("better", "equivalent") and before and not after:
+    elif gone and (held_out == "better" or (held_out == "equivalent" and not any(map(fails, treated)))):
         verdict = "better"
     else:
         verdict = "cannot tell"
@@ -276,12 +296,23 @@ def _by_endings(control: Sequence[bool], treated: Sequence[bool]) -> tuple[str, 
 
 def _made(proposal: Proposal, folder: Path) -> bool:
     """Whether a branch has the finding, as gravely as it was made."""
+    found = _findings(folder)
+    as_grave = SEVERITIES[: SEVERITIES.index(proposal.severity) + 1]
+    return found is None or any(f.rule == proposal.rule and f.severity in as_grave for f in found)
+
+
+def fails(folder: Path) -> bool:
+    """Whether a branch has any failing finding, or came to nothing."""
+    found = _findings(folder)
+    return found is None or any(f.severity == "fail" for f in found)
+
+
+def _findings(folder: Path) -> Sequence[Finding] | None:
+    """What is found of a branch; None where it ended before its first row."""
     if not (folder / "run.json").is_file():
-        return True
+        return None
     try:
         record, missing = all_of(RunFolder(folder))
-    except ValueError:  # it ended before the first row
-        return True
-    as_grave = SEVERITIES[: SEVERITIES.index(proposal.severity) + 1]
-    found = diagnose(record, not_measured=missing).findings
-    return any(f.rule == proposal.rule and f.severity in as_grave for f in found)
+    except ValueError:
+        return None
+    return diagnose(record, not_measured=missing).findings
