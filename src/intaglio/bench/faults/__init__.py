@@ -59,7 +59,7 @@ def measure(
         "families": score.by_family(outcomes),
         "rules": score.by_rule(outcomes, rules),
         "cases": score.cases(outcomes),
-        "confusion": score.confusion(published),
+        "confusion": score.confusion(published or outcomes),
         "misses": score.misses(outcomes, explained),
         "others": others.compared([o for o in published if not o.name.startswith("ours")], PLACE),
     }

@@ -1,6 +1,6 @@
 """What the fault benchmark found, as a page: ``python -m intaglio.bench.faults.page docs/faults-results.md``.
 
-Reads ``benchmarks/faults.json``, which ``intaglio bench faults`` wrote.
+Reads ``benchmarks/faults.json``, which ``intaglio bench faults`` wrote, or the file that is named behind the page.
 """
 
 import json
@@ -35,12 +35,7 @@ def page(found: dict[str, Any]) -> str:
         f"{found['trainings']} trainings, made by `intaglio bench faults`"
         + (f"; {found['left']} of its catalogue are still to be run" if found["left"] else "")
         + ". How it works, and what it does not cover, stands in [the fault benchmark](faults.md).",
-        "## Judged families",
-        "No limit of a rule was set on them: they were written without sight of what the rules say of them; [how "
-        "blind](faults.md) that is.",
-        markdown([_result(r) for r in found["results"]]),
-        "## Development families",
-        markdown([_result(r) for r in found["development"]]),
+        *_scores(found),
         "## By family",
         _table(found["families"], families),
         "## The real defects",
@@ -52,13 +47,39 @@ def page(found: dict[str, Any]) -> str:
         "## By rule",
         _table(found["rules"], rules),
         "## What was said instead",
-        "On judged families, where the first finding was not the cause.",
+        "Where the first finding was not the cause.",
         _table(found["confusion"], {"due": "due", "said": "said first", "times": "times"}),
-        "## The same logs, read by others",
-        "Judged families; every program is given the same file, a line of JSON for each step.",
-        _table([o for o in found["others"] if o["version"]], others),
     ]
+    if told := [o for o in found["others"] if o["version"]]:
+        parts += [
+            "## The same logs, read by others",
+            "Judged families; every program is given the same file, a line of JSON for each step.",
+            _table(told, others),
+        ]
     return "\n\n".join(part.strip() for part in parts) + "\n"
+
+
+def _scores(found: dict[str, Any]) -> list[str]:
+    """Those of judged families and of the others; or of all of them where none is judged any more."""
+    results, development = (markdown([_result(r) for r in found[key]]) for key in ("results", "development"))
+    if not _judged(found):
+        return [
+            "## All families",
+            "All are development by now: rules learnt from them, so this says how well they know what they have seen. "
+            "How well they do on programs that they had not seen, [each round](faults.md) told.",
+            results,
+        ]
+    judged = [
+        "## Judged families",
+        "No limit of a rule was set on them: they were written without sight of what the rules say of them; [how "
+        "blind](faults.md) that is.",
+        results,
+    ]
+    return judged + (["## Development families", development] if len(found["families"]) > len(_judged(found)) else [])
+
+
+def _judged(found: dict[str, Any]) -> list[Any]:
+    return [row for row in found["families"] if row["split"] == "judged"]
 
 
 def _result(row: dict[str, Any]) -> Result:
@@ -86,5 +107,6 @@ def _cell(column: str, value: Any) -> str:
 
 
 if __name__ == "__main__":
-    found = json.loads(Path("benchmarks/faults.json").read_text(encoding="utf-8"))
+    source = Path(sys.argv[2] if len(sys.argv) > 2 else "benchmarks/faults.json")
+    found = json.loads(source.read_text(encoding="utf-8"))
     Path(sys.argv[1]).write_text(page(found), encoding="utf-8")

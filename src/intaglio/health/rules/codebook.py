@@ -248,10 +248,11 @@ def codes_shrink(record: Record, limits: Limits) -> Iterator[Finding | NotMeasur
     source="watching changes nothing",
     case="J",
     needs=("val/*/codebook_moved", "train/*/updates_per_step"),
+    facts=("changed_by_validation", "training_in_validation"),
     log="both, by a monitor that knows the codebook",
     limits={"updates": 1.01},
 )
-def codes_polluted(record: Record, limits: Limits) -> Iterator[Finding]:
+def codes_polluted(record: Record, limits: Limits) -> Iterator[Finding | NotMeasured]:
     """The codebook is updated in validation, or twice in a step.
 
     Seen by a digest of the codebook before and after a look at held-out items; updates over optimizer steps.
@@ -286,6 +287,8 @@ def codes_polluted(record: Record, limits: Limits) -> Iterator[Finding]:
                 remedies("update the codebook only in training mode"),
                 step=int(s.steps[s.values > 0][0]),
             )
+    if not record.matching("val/*/codebook_moved", "train/*/updates_per_step") and not moved:
+        yield NotMeasured("needs val/*/codebook_moved or train/*/updates_per_step")
     for name, s in record.matching("train/*/updates_per_step").items():
         if s.value > limits["updates"]:
             yield Finding(

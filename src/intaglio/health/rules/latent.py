@@ -159,7 +159,7 @@ def anisotropic(record: Record, limits: Limits) -> Iterator[Finding]:
 
 @rule(
     id="prior-mismatch",
-    follows=("free-running-gap",),
+    follows=("free-running-gap", "decoder-ignores-latent", "diverged"),
     source="Rosca et al. 2018; Tomczak & Welling 2018",
     case="E: norm .81 where 32 is due, 3,248 nats",
     needs=("val/prior/object", "val/*/prior_nats", "*/latent/std"),

@@ -99,13 +99,13 @@ def non_finite(record: Record, limits: Limits) -> Iterator[Finding]:
     case="V and J: gradients to 81",
     needs=MINIMISED,
     log="the loss, at least forty times",
-    limits={"deviations": 8.0, "share_lost": 0.5, "least": 0.01},
+    limits={"deviations": 8.0, "share_lost": 0.5, "least": 0.05},
 )
 def diverged(record: Record, limits: Limits) -> Iterator[Finding | NotMeasured]:
     """A loss leaves its own past for good.
 
     Seen by the median of the last quarter against the best stretch of as many rows before it, in robust standard
-    deviations of that stretch; a loss must also have given up a share of what it had gained, and a hundredth of what it
+    deviations of that stretch; a loss must also have given up a share of what it had gained, and a twentieth of what it
     was. Of a program whose terms are not known their weighed sum is judged. InfoNCE beside a queue is
     judged on held-out items alone: as the encoder slows, the queue's old embeddings become harder to tell apart. A
     prediction beside SIGReg is judged by their total: it rises where SIGReg moves embeddings apart.
