@@ -84,7 +84,7 @@ def run_all(
     if len(left) < len(wanted):
         say(f"{len(wanted) - len(left)} of {len(wanted)} trainings are there already")
     context = mp.get_context("forkserver")
-    context.set_forkserver_preload(["torch", "numpy", "polars"])
+    context.set_forkserver_preload(["torch", "numpy", "polars", "lightning"])
     begun, done = time.monotonic(), 0
 
     def one(case: Case) -> None:

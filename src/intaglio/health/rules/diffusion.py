@@ -464,7 +464,7 @@ def null_mismatch(record: Record, limits: Limits) -> Iterator[Finding]:
     case="D: t = 700 of 500; √SNR .068",
     needs=("train/noise/terminal_snr",),
     log="the SNR of the last noise level as train/noise/terminal_snr",
-    limits={"snr": 1e-4},
+    limits={"snr": 1e-5, "unconfigured": 1e-4},
 )
 def schedule_mismatch(record: Record, limits: Limits) -> Iterator[Finding]:
     """Sampling starts from pure noise, and the last level that was trained on is none.
@@ -473,7 +473,7 @@ def schedule_mismatch(record: Record, limits: Limits) -> Iterator[Finding]:
     pixels, is then missing from samples. A t beyond the schedule, or another schedule, is refused.
     """
     last = record.get("train/noise/terminal_snr")
-    if last is not None and last.value > limits["snr"]:
+    if last is not None and last.value > limits["snr" if record.config else "unconfigured"]:
         left = (last.value / (1 + last.value)) ** 0.5
         yield Finding(
             "schedule-mismatch",
