@@ -8,6 +8,7 @@ have the same seeds and data. A sham, the wrong settings with other seeds, must 
 
 import json
 import math
+import os
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -70,8 +71,15 @@ class Outcome:
     why: str = ""
 
 
-def measure(jobs: int = 2, only: Sequence[str] = ()) -> tuple[list[Result], dict[str, Any]]:
-    """Share of wrong settings that a first or second remedy repairs, and of shams that are called better."""
+def measure(jobs: int | None = None, only: Sequence[str] = ()) -> tuple[list[Result], dict[str, Any]]:
+    """Share of wrong settings that a first or second remedy repairs, and of shams that are called better.
+
+    Raises:
+        ValueError: an unknown family.
+    """
+    if unknown := sorted(set(only) - WRONG.keys()):
+        raise ValueError(f"There is no family {', '.join(unknown)}; there are {', '.join(WRONG)}.")
+    jobs = jobs or os.cpu_count() or 1
     wanted = [(f, n, s) for f, faults in WRONG.items() for n, s in faults.items() if not only or f in only]
     outcomes = [_one(family, name, settings, jobs) for family, name, settings in wanted]
     repaired = share(sum(o.repaired_by is not None for o in outcomes), len(outcomes))

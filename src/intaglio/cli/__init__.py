@@ -264,8 +264,12 @@ def _bench(a: Arguments) -> int:
     options: dict[str, Any] = {}
     if a.what == "faults":
         options = {"level": a.level, "jobs": a.jobs, "only": a.only or (), "more": a.more, "minutes": a.minutes}
-    elif a.level != "full" or a.jobs or a.only or a.more or a.minutes:
-        raise ValueError("--level, --jobs, --only, --more and --minutes are options of intaglio bench faults.")
+    elif a.level != "full" or a.more or a.minutes:
+        raise ValueError("--level, --more and --minutes are options of intaglio bench faults.")
+    elif a.what == "remedies":
+        options = {"jobs": a.jobs, "only": a.only or ()}
+    elif a.jobs or a.only:
+        raise ValueError("--jobs and --only are options of intaglio bench faults and remedies.")
     return run_benchmark(a.what, a.out, a.data, **options)
 
 
@@ -421,8 +425,12 @@ def _parser() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentParse
     p.add_argument("--data", metavar="FOLDER", help=what)
     p.add_argument("--out", default="benchmarks", metavar="FOLDER")
     p.add_argument("--level", choices=("smoke", "full"), default="full", help="of faults: some minutes, or everything")
-    p.add_argument("--jobs", type=int, metavar="N", help="of faults: trainings at once (one for each core)")
-    p.add_argument("--only", action="append", metavar="FAMILY", help="of faults: this family (may be repeated)")
+    p.add_argument(
+        "--jobs", type=int, metavar="N", help="of faults and remedies: trainings at once (one for each core)"
+    )
+    p.add_argument(
+        "--only", action="append", metavar="FAMILY", help="of faults and remedies: this family (may be repeated)"
+    )
     p.add_argument("--minutes", type=float, metavar="N", help="of faults: begin no other training after that long")
     p.add_argument("--more", metavar="FOLDER", help="of faults: Python files with families of your own")
     return parser, verbs.choices
