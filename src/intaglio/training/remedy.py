@@ -266,7 +266,7 @@ def judged(proposal: Proposal, control: Sequence[Path], treated: Sequence[Path])
     whose branches alone do not finish.
     """
     ended = [[(folder / "evaluation.json").is_file() for folder in arm] for arm in (control, treated)]
-    before, after = (sum(_made(proposal, folder) for folder in arm) for arm in (control, treated))
+    before, after = (sum(is_made(proposal, folder) for folder in arm) for arm in (control, treated))
     if all(all(arm) for arm in ended):
         compared = compare([str(folder) for folder in control], [str(folder) for folder in treated])
         held_out, reason = compared.verdict, compared.reason
@@ -294,7 +294,7 @@ def _by_endings(control: Sequence[bool], treated: Sequence[bool]) -> tuple[str, 
     return "cannot tell", told
 
 
-def _made(proposal: Proposal, folder: Path) -> bool:
+def is_made(proposal: Proposal, folder: Path) -> bool:
     """Whether a branch has the finding, as gravely as it was made."""
     found = _findings(folder)
     as_grave = SEVERITIES[: SEVERITIES.index(proposal.severity) + 1]
