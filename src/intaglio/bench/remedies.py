@@ -136,16 +136,18 @@ def _train(recipe: str, place: Path, name: str, given: Mapping[str, str], seed: 
 
 
 def _row(tried: Tried, healthy: Sequence[Path]) -> dict[str, Any]:
-    """What was tried, and whether it is as good as the healthy twins are among themselves, and no oftener accused."""
-    treated = [Path(p) for p in tried.treated]
-    control = [Path(p) for p in tried.control]
+    """What was tried, and whether it repairs: as good as the healthy twins are among themselves and accused no oftener,
+    which the control is not."""
+    treated, control = ([Path(p) for p in arm] for arm in (tried.treated, tried.control))
+    within = sum(is_made(tried.proposal, twin) for twin in healthy)
+    broken = tried.before > within or not as_good(control, healthy)
     return {
         "do": tried.proposal.do,
         "rule": tried.proposal.rule,
         "changes": dict(tried.proposal.changes),
         "verdict": tried.verdict,
         "reason": tried.reason,
-        "as_good": as_good(treated, healthy) and tried.after <= sum(is_made(tried.proposal, twin) for twin in healthy),
+        "as_good": broken and tried.after <= within and as_good(treated, healthy),
         "above_control": not as_good(control, treated),
     }
 
