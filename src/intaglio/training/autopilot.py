@@ -59,7 +59,7 @@ def fly(recipe: str | Path, overrides: Sequence[str] = (), *, budget: float = 2.
     each, left = int(budget * total / (SEEDS * (MOST + 1))), budget * total
     interventions = 0
     while _accused(folder) and each >= FEWEST and left >= 2 * SEEDS * each:
-        say(f"{_accused(folder)} fails at step {folder.record['step']}: trying what it asks for, {each} steps each")
+        say(f"{_accused(folder)} fails: trying what it asks for, {each} steps each")
         try:
             found = try_remedies(folder.path, seeds=SEEDS, steps=each, most=MOST, say=say)
         except ValueError as error:
