@@ -30,7 +30,7 @@ def test_what_fails_is_repaired_and_the_changelog_says_on_what_evidence(tmp_path
 
 def test_a_step_that_is_not_finite_before_there_is_a_history_ends_it_as_without(tmp_path, shapes):
     given = (f"--data.source={shapes}", *SHAPES, *SHORT, "--optim.kind=adamw", "--optim.rate=1e6", "--optim.clip=0")
-    with pytest.raises(NonFiniteStep, match="lower --optim.rate"):
+    with pytest.raises(NonFiniteStep, match=r"lower --optim\.rate"):
         train(tmp_path, *given, "--name=wild", autopilot=4.0)
     assert "has no metrics yet" in RunFolder(tmp_path / "wild").record["autopilot"]
 
