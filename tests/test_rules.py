@@ -316,7 +316,7 @@ def test_a_warned_cause_is_as_grave_as_what_follows_from_it_and_told_first():
     stands = Record({"train/loss/a": series(0.71, null=0.71)}, facts=tied)
     cause, symptom = diagnose(stands, rules=rules).findings
     assert (cause.rule, cause.severity, symptom.rule) == ("tied-and-frozen", "fail", "no-learning")
-    assert cause.message.endswith("It explains no-learning.")
+    assert cause.message.endswith("It is known to bring about no-learning.")
     learns = Record({"train/loss/a": series(HEALTHY, null=0.71)}, facts=tied)
     assert [(f.rule, f.severity) for f in diagnose(learns, rules=rules).findings] == [("tied-and-frozen", "warning")]
 

@@ -137,7 +137,9 @@ def _causes_first(findings: Iterable[Finding], rules: Iterable[Rule]) -> tuple[F
         for cause in known[f.rule].follows:
             grave.setdefault(cause, f)
     raised = [
-        replace(f, severity=grave[f.rule].severity, message=f"{f.message} It explains {grave[f.rule].rule}.")
+        replace(
+            f, severity=grave[f.rule].severity, message=f"{f.message} It is known to bring about {grave[f.rule].rule}."
+        )
         if f.rule in grave and f.severity == "warning" and not known[f.rule].symptom and loud(grave[f.rule]) < loud(f)
         else f
         for f in findings

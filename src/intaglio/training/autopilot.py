@@ -47,8 +47,9 @@ def fly(recipe: str | Path, overrides: Sequence[str] = (), *, budget: float = 2.
     """
     if budget <= 0:
         raise ValueError(f"--autopilot {budget:g}: give the steps of all trials as a share of the run's, as 2.")
-    if any(word.split("=")[0] == "--health.on" for word in overrides) and "--health.on=false" in overrides:
-        raise ValueError("--autopilot needs health's findings: leave --health.on false out.")
+    given = [word.split("=")[0] for word in overrides]
+    if "--health.on=false" in overrides or "--health.stop" in given:
+        raise ValueError("--autopilot needs health's findings and stops by them: leave --health.on and .stop out.")
 
     def say(line: str) -> None:
         if not quiet:
