@@ -134,6 +134,30 @@ def test_what_a_term_at_weight_0_will_train_is_not_dead_yet(tmp_path, weights, d
     assert monitor.facts["dead_parameters"] == dead
 
 
+@pytest.mark.parametrize(
+    ("emptied", "micro", "kept"),
+    [("never", 1, True), ("before", 1, False), ("after", 1, False), ("after", 3, False)],
+)
+def test_gradients_that_add_up_are_told_and_micro_batches_are_not(tmp_path, emptied, micro, kept):
+    torch.manual_seed(0)
+    model = Autoencoder()
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-3)
+    monitor = Monitor(model, optimizer, folder=tmp_path / "run", every=5)
+    for k in range(30):
+        loss = (model(x := data(16, k)) - x).square().mean()
+        if emptied == "before":
+            optimizer.zero_grad()
+        loss.backward()
+        monitor.step(loss)
+        if (k + 1) % micro == 0:
+            optimizer.step()
+            if emptied == "after":
+                optimizer.zero_grad(set_to_none=False)
+    named = [f.rule for f in monitor.close().findings]
+    assert ("gradients-add-up" in named) == kept
+    assert next(model.parameters())._backward_hooks in (None, {})
+
+
 def test_what_a_later_look_at_held_out_items_changes_is_seen(tmp_path):
     model = Autoencoder()
     monitor = Monitor(model, folder=tmp_path / "run")

@@ -64,6 +64,41 @@ class Silence:
         return dict(found)
 
 
+class Leftovers:
+    """Watches in the first steps whether a gradient of before is still there when that of the next batch is added."""
+
+    def __init__(self) -> None:
+        self.watched: nn.Parameter | None = None
+        self.steps = self.kept = self.version = 0
+        self.added = self.emptied = False
+
+    def look(self, parameters: Sequence[nn.Parameter]) -> None:
+        """Between backward and the update. What was not updated since the last look gathers micro-batches by right."""
+        if self.watched is None:
+            self.watched = next(
+                (p for p in parameters if p.is_leaf and p.grad is not None and bool(p.grad.any())), None
+            )
+            if self.watched is None:
+                return
+            self.hook = self.watched.register_hook(self._adds)
+        elif self.added and self.watched._version != self.version:
+            self.steps += 1
+            self.kept += not self.emptied
+        self.added = self.emptied = False
+        self.version = self.watched._version
+
+    def _adds(self, gradient: Tensor) -> None:
+        before = self.watched.grad if self.watched is not None else None
+        self.added = True
+        self.emptied |= before is None or not bool(before.any())
+
+    def end(self) -> dict[str, Any]:
+        """In how many of how many steps it was there: a fact for the rules."""
+        if self.watched is not None:
+            self.hook.remove()
+        return {"gradients_kept": {"steps": self.steps, "kept": self.kept}} if self.steps else {}
+
+
 def not_in_optimizer(model: nn.Module, optimizer: torch.optim.Optimizer) -> list[str]:
     """Names of trainable tensors that no group of the optimizer holds."""
     held = {id(p) for group in optimizer.param_groups for p in group["params"]}

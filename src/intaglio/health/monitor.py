@@ -126,7 +126,7 @@ class Monitor:
         self.terms: Collection[str] = ()
         self.growing = Growing()
         self._parameters = list(model.parameters())
-        self.silence = audits.Silence()
+        self.silence, self.leftovers = audits.Silence(), audits.Leftovers()
         self.facts: dict[str, Any] = audits.parameters(model)
         self._before = audits.fingerprints(model)
         self._told: set[tuple[str, str]] = set()
@@ -150,8 +150,8 @@ class Monitor:
         parts = [(_square if row else _sum)(g) for g in gradients]
         *numbers, whole = _numbers([value for value, _ in pairs.values()], parts)
         if not math.isfinite(sum(numbers)) or not (self.scaled or math.isfinite(whole)):
-            squares = _numbers([], [_square(g) for g in gradients])[0]
-            self._refuse(_named(pairs, numbers), math.sqrt(squares), batch)
+            norm = math.sqrt(_numbers([], [_square(g) for g in gradients])[0])
+            self._refuse(_named(pairs, numbers), norm, batch)
         self._audit(row, muted=any(weight == 0 for _, weight in pairs.values()))
         if row:
             self.terms, values = pairs.keys(), _named(pairs, numbers)
@@ -314,11 +314,14 @@ class Monitor:
         or a weight of 0 may hold it back for a while.
         """
         first = self.count <= self.start + AUDITED
+        if first:
+            self.leftovers.look(self._parameters)
         if first or (row and self.silence.silent):
             self.silence.look(self.model)
         self._muted = muted and self.count < self.start + (self.steps or math.inf) / 2
         if not first and not self._audited:
             self._audited = True
+            self.facts |= self.leftovers.end()
             self._tell_dead()
 
     def _tell_dead(self, over: bool = False) -> None:
@@ -355,9 +358,8 @@ class Monitor:
             def hook(module: nn.Module, given: Any, output: Any) -> None:
                 first = output if isinstance(output, Tensor) else next(iter(_tensors(output)), None)
                 if first is not None:
-                    first = first.detach()
-                    first = first.mean(1) if first.ndim == 3 and first.is_floating_point() else first.flatten(1)
-                    seen[site].append(first.clone())
+                    pooled = first.mean(1) if first.ndim == 3 and first.is_floating_point() else first.flatten(1)
+                    seen[site].append(pooled.detach().clone())
 
             return hook
 
@@ -386,8 +388,7 @@ class Monitor:
         self.growing.add(step, readings)
 
     def _write_facts(self) -> None:
-        text = json.dumps(self.facts, indent=2, ensure_ascii=False)
-        write_atomically(self.folder.path / "audits.json", text + "\n")
+        write_atomically(self.folder.path / "audits.json", json.dumps(self.facts, indent=2, ensure_ascii=False) + "\n")
 
 
 def _weighed(losses: Loss | Mapping[str, Loss]) -> dict[str, tuple[Tensor | float, float]]:

@@ -4,6 +4,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
+from functools import lru_cache
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
@@ -42,7 +43,7 @@ class Record:
 
     def matching(self, *patterns: str) -> dict[str, Series]:
         """All series whose names fit one of the patterns, as ``val/*/effective_rank``."""
-        return {n: s for n, s in self.series.items() if any(fnmatchcase(n, p) for p in patterns)}
+        return {n: self.series[n] for n in _fitting(tuple(self.series), patterns)}
 
     def settled(self, s: Series) -> bool:
         """Whether a series has been read late enough to say that something was not learnt.
@@ -61,6 +62,11 @@ class Record:
     @property
     def last_step(self) -> int:
         return max((int(s.steps[-1]) for s in self.series.values()), default=0)
+
+
+@lru_cache(maxsize=1024)
+def _fitting(names: tuple[str, ...], patterns: tuple[str, ...]) -> tuple[str, ...]:
+    return tuple(n for n in names if any(fnmatchcase(n, p) for p in patterns))
 
 
 class Growing:

@@ -10,6 +10,7 @@ import numpy as np
 from intaglio.health.finding import Finding, remedies
 from intaglio.health.record import Record
 from intaglio.health.rule import Limits, Rule, rule
+from intaglio.health.rules.training import ASIDE
 from intaglio.history import NotMeasured
 
 
@@ -74,6 +75,31 @@ def not_in_optimizer(record: Record, limits: Limits) -> Iterator[Finding]:
                 {"tensors": len(names)},
                 remedies("build the optimizer after unfreezing, or add them with add_param_group"),
             )
+
+
+@rule(
+    id="gradients-add-up",
+    source="torch.autograd adds to .grad",
+    facts=("gradients_kept",),
+    log="a monitor whose step is called between backward and the update",
+)
+def gradients_add_up(record: Record, limits: Limits) -> Iterator[Finding]:
+    """Gradients are not emptied: each update is made with the sum of all batches so far.
+
+    Seen by the gradient that is there when that of the next batch is added, after an update; none is due.
+
+    ``gradients_kept``: {"steps": of the first, "kept": of them with such a gradient}.
+    """
+    seen = record.facts["gradients_kept"]
+    if 2 * seen["kept"] > seen["steps"] > 1:
+        yield Finding(
+            "gradients-add-up",
+            "fail",
+            f"In {seen['kept']} of the first {seen['steps']} updates the gradient of the batch before was still there, "
+            "and the next was added to it.",
+            dict(seen),
+            remedies("call optimizer.zero_grad() before each backward, or after each update"),
+        )
 
 
 @rule(
@@ -242,6 +268,7 @@ def _one_curve(record: Record, limits: Limits) -> Iterator[Finding]:
             )
     for name, val in record.matching("val/loss/*", "val/*/accuracy").items():
         train = record.get("train" + name.removeprefix("val"))
+        beside = any(word in name for word in ASIDE)  # a KL is as large on items that were seen
         if train is None or len(val) < limits["rows"]:
             continue
         both, a, b = np.intersect1d(train.steps, val.steps, return_indices=True)
@@ -262,6 +289,7 @@ def _one_curve(record: Record, limits: Limits) -> Iterator[Finding]:
             and min(x.min(), y.min()) > 0
             and float(np.median(y / x)) < limits["below"]
             and (y < x).all()
+            and not beside
         ):
             yield Finding(
                 "split-leak",
@@ -435,6 +463,7 @@ def not_reproducible(record: Record, limits: Limits) -> Iterator[Finding]:
 RULES: tuple[Rule, ...] = (
     dead_parameters,
     not_in_optimizer,
+    gradients_add_up,
     tied_and_frozen,
     range_mismatch,
     augmentation_inert,

@@ -11,12 +11,17 @@ from intaglio.health.rules.course import finite
 from intaglio.health.rules.training import FEWEST, rolling_median
 from intaglio.history import NotMeasured
 
+KL_TERMS = tuple(
+    f"{split}/loss/{name}" for split in ("train", "val") for name in ("kl", "kld", "kl_loss", "kl_div", "kl_divergence")
+)
+"""Names that a KL term goes by."""
+
 
 @rule(
     id="posterior-collapse",
     follows=("diverged",),
     source="Bowman et al. 2016; He et al. 2019",
-    needs=("val/*/kl_nats", "train/loss/kl", "val/loss/kl"),
+    needs=("val/*/kl_nats", *KL_TERMS),
     log="KL(q(z|x) || N(0, I)) per item, raw, as val/SITE/kl_nats",
     limits={"nats": 0.1, "kept": 0.01, "weak": 2.0, "weakened": 0.1},
 )
@@ -50,7 +55,7 @@ def posterior_collapse(record: Record, limits: Limits) -> Iterator[Finding | Not
 def _fallen_rate(record: Record, limits: Limits) -> Iterator[Finding | NotMeasured]:
     """A KL term that fell to nothing and stays there, or never was anything. Its sign and its unit may be any."""
     looked = False
-    for name, s in record.matching("train/loss/kl", "val/loss/kl").items():
+    for name, s in record.matching(*KL_TERMS).items():
         s = finite(s)
         if len(s) < FEWEST or not record.settled(s):
             continue
@@ -195,28 +200,31 @@ def rate_too_high(record: Record, limits: Limits) -> Iterator[Finding | NotMeasu
 def kl_units(record: Record, limits: Limits) -> Iterator[Finding | NotMeasured]:
     """The KL is meant per item and applied per token, dimension or batch, so its weight is not β.
 
-    Seen by the logged loss term beside the measured KL per item, or what free bits charge of it: their ratio is 1, or
-    the number of units it hides.
+    Seen by the logged loss term beside the measured KL per item of the largest site or of all, or what free bits charge
+    of it: their ratio is 1, or the number of units it hides.
     """
-    term, weight = record.get("val/loss/kl") or record.get("train/loss/kl"), record.get("train/weight/kl")
-    if term is None:
+    found = record.matching(*KL_TERMS)
+    if not found:
         yield NotMeasured("there is no loss term kl to hold the measured KL against")
         return
+    name = max(found, key=lambda n: (n.startswith("val/"), n.endswith("/kl")))
+    label = name.rpartition("/")[2]
+    term, weight = found[name], record.get(f"train/weight/{label}")
     if weight is not None and not weight.values.any():
         return  # switched off on purpose
     measured = record.matching("val/*/kl_charged") or record.matching("val/*/kl_nats")
-    name, read = max(measured.items(), key=lambda item: item[1].value)
-    if early := record.early(name):
+    site, read = max(measured.items(), key=lambda item: item[1].value)
+    if early := record.early(site):
         yield early
         return
     nats, applied = read.value, float(np.median(term.values[-max(1, len(term) // 4) :]))
-    factor = nats / max(applied, 1e-12)
-    if nats > 1e-3 and not 1 / limits["factor"] < factor < limits["factor"]:
+    factor, whole = (n / max(applied, 1e-12) for n in (nats, sum(s.value for s in measured.values())))
+    if nats > 1e-3 and not any(1 / limits["factor"] < f < limits["factor"] for f in (factor, whole)):
         beta = "" if weight is None else f" Its weight of {weight.value:g} is a β of {weight.value / factor:.2g}."
         yield Finding(
             "kl-units",
             "warning",
-            f"The term kl is {applied:.4g}, the latent's KL {nats:.4g} nats an item: a factor of {factor:.3g} lies "
+            f"The term {label} is {applied:.4g}, the latent's KL {nats:.4g} nats an item: a factor of {factor:.3g} is "
             f"between them.{beta}",
             {"term": applied, "nats": nats, "factor": factor},
             remedies("sum the KL over dimensions and average it over items, and set the weight as β"),

@@ -11,10 +11,15 @@ from intaglio.health.rules.course import finite
 from intaglio.health.rules.training import FEWEST, QUANTISER, rolling_median
 from intaglio.history import NotMeasured
 
-PERPLEXITY = ("*/codes/perplexity", "*/vq/perplexity")
-"""That of codes, and not of words."""
+SITES = ("codes*", "*vq*", "*codebook*", "*quanti*")
+"""Sites of codes, and not of words."""
 
-USAGE = ("*/codes/usage", "*/vq/usage")
+PERPLEXITY, USAGE = (tuple(f"*/{site}/{what}" for site in SITES) for what in ("perplexity", "usage"))
+
+AS_VECTORS = ("*/*/norm_ratio", "*/*/updates_per_step", "*/*/revival_threshold")
+"""What is measured of codes that stand among the vectors that they quantise."""
+
+TERMS = tuple(f"train/loss/*{word}*" for word in QUANTISER)
 
 
 @rule(
@@ -102,7 +107,7 @@ def _few_codes(record: Record, limits: Limits) -> Iterator[Finding | NotMeasured
 
 @rule(
     id="codes-dead",
-    follows=("codes-shrink", "codes-displaced", "revival-threshold"),
+    follows=("validation-pollutes", "codes-polluted", "codes-shrink", "codes-displaced", "revival-threshold"),
     concerns=("jepa",),
     source="Dhariwal et al. 2020, appendix",
     case="J",
@@ -149,7 +154,7 @@ def codes_dead(record: Record, limits: Limits) -> Iterator[Finding | NotMeasured
     concerns=("jepa",),
     source="Łańcucki et al. 2020",
     case="J: norm 700; EMA mass that starts at zero",
-    needs=("*/*/norm_ratio", "train/loss/vq", "train/loss/commitment", "train/loss/quantiser"),
+    needs=("*/*/norm_ratio", *TERMS),
     log="the norms of codes and of their inputs",
     limits={"times": 3.0, "fail": 5.0, "grown": 10.0},
 )
@@ -179,7 +184,7 @@ def codes_displaced(record: Record, limits: Limits) -> Iterator[Finding | NotMea
 def _running_away(record: Record, limits: Limits) -> Iterator[Finding | NotMeasured]:
     """Codes and latents run away from each other: the quantiser's loss ends many times above its settled past."""
     looked = False
-    for name, s in record.matching("train/loss/vq", "train/loss/commitment", "train/loss/quantiser").items():
+    for name, s in record.matching(*TERMS).items():
         s = finite(s)
         if len(s) < 2 * FEWEST:
             continue
@@ -207,7 +212,7 @@ def _running_away(record: Record, limits: Limits) -> Iterator[Finding | NotMeasu
     concerns=("jepa",),
     source="Takida et al. 2022",
     case="real VQ-VAE histories",
-    needs=("train/loss/vq", "train/loss/commitment", "train/loss/quantiser"),
+    needs=TERMS,
     log="the quantiser's loss as train/loss/vq, beside val/loss/reconstruction",
     limits={"fall": 0.5, "worse": 0.05},
 )
@@ -220,7 +225,7 @@ def codes_shrink(record: Record, limits: Limits) -> Iterator[Finding | NotMeasur
     if rebuilt is None or len(rebuilt) < FEWEST:
         yield NotMeasured("there is no course of the reconstruction loss beside the quantiser's")
         return
-    for name, s in record.matching("train/loss/vq", "train/loss/commitment", "train/loss/quantiser").items():
+    for name, s in record.matching(*TERMS).items():
         s = s.after(int(rebuilt.steps[len(rebuilt) // 3]))
         late = rebuilt.values[len(rebuilt) // 3 :]
         if len(s) < FEWEST:
@@ -342,7 +347,8 @@ def quantiser_loss_missing(record: Record, limits: Limits) -> Iterator[Finding |
     """The commitment or codebook loss is not in the total, or the two weights are exchanged.
 
     Seen by the terms and weights that were summed, where codes are chosen; β < 1 is the commitment's. Numbers that are
-    rounded (FSQ, Mentzer et al. 2023) need no such term.
+    rounded (FSQ, Mentzer et al. 2023) need no such term, nor do codes that are relaxed, whose lengths nobody compares
+    with what they stand for; a term of another name may be it.
     """
     if (record.config.get("model") or {}).get("quantiser") == "fsq":
         return
@@ -352,6 +358,9 @@ def quantiser_loss_missing(record: Record, limits: Limits) -> Iterator[Finding |
     named = {n.rsplit("/", 1)[1]: s for n, s in record.matching("train/loss/*").items()}
     terms = {name for name in named if any(word in name for word in QUANTISER)}
     weights = {t: w.value for t in terms if (w := record.get(f"train/weight/{t}")) is not None}
+    if not terms and not record.config and (len(named.keys() - {"total"}) > 1 or not record.matching(*AS_VECTORS)):
+        yield NotMeasured("which term, if any, draws encoder and codes together is not known")
+        return
     if named and (not terms or (weights and not any(weights.values()))):
         yield Finding(
             "quantiser-loss-missing",

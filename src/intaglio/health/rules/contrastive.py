@@ -153,6 +153,8 @@ def temperature_stuck(record: Record, limits: Limits) -> Iterator[Finding]:
         if len(s) < FEWEST:
             continue
         late = s.values[len(s) // 2 :]
+        if s.null is None and not record.config and np.ptp(s.values[: len(s) // 2]) > 0:
+            continue  # a schedule that has come to its end
         clamped = s.null is not None and math.isclose(float(late.min()), s.null, rel_tol=1e-3)
         if np.ptp(late) <= limits["relative"] * abs(s.value) or clamped:
             since = int(s.steps[np.abs(s.values - s.value) <= limits["relative"] * abs(s.value)][0])
@@ -205,18 +207,19 @@ def sigreg_blind(record: Record, limits: Limits) -> Iterator[Finding]:
     source="He et al. 2020 (MoCo), section 3.2",
     needs=("*/*/queue_agreement",),
     log="that cosine as train/SITE/queue_agreement",
-    limits={"cosine": 0.8},
+    limits={"cosine": 0.8, "known": 0.1},
 )
 def queue_stale(record: Record, limits: Limits) -> Iterator[Finding]:
     """The queue of negatives is older than the encoder's drift.
 
-    Seen by cosine between queued embeddings and the same items encoded now; 1 is due.
+    Seen by cosine between queued embeddings and the same items encoded now; 1 is due, and what strangers have fails.
     """
     for name, s in record.matching("*/*/queue_agreement").items():
         if s.value < limits["cosine"]:
+            strange = s.null is not None and s.value < s.null + limits["known"]
             yield Finding(
                 "queue-stale",
-                "warning",
+                "fail" if strange else "warning",
                 f"Embeddings in the queue of {name.split('/')[1]} agree with the encoder of now to {s.value:.2f}.",
                 {"cosine": s.value},
                 remedies("a shorter queue", "a slower momentum encoder for the keys", wait=1000),

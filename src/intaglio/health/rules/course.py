@@ -20,6 +20,9 @@ SAME = 0.01
 MOVED = 0.25
 """Relative fall of three rows' median that a curve must have made to have moved and come back."""
 
+GAINED = 0.1
+"""Fall of the logarithm from the first rows to the best from which anything had been gained."""
+
 GIVEN_UP = 0.3
 """Share of what a curve has gained, in its logarithm, that it must give up to be lost."""
 
@@ -136,8 +139,8 @@ def lost(s: Series, times: float = 1.5, deviations: float = 8.0) -> Lost | None:
         recovered = not at_end and float(np.exp(smooth[b:].min())) <= 1.1 * before
         gained = float(np.median(smooth[: max(1, len(smooth) // 20)])) - best[a - 1]
         given_up = float(smooth[a:b].max()) - best[a - 1]
-        if given_up < GIVEN_UP * gained:
-            continue
+        if given_up < max(GIVEN_UP * gained, 0.0 if gained > GAINED else np.log(3)):
+            continue  # where nothing had been gained it is the start that was easy, unless it explodes
         steps = s.steps[width - 1 :]
         peak = float(np.exp(smooth[a:b].max()))
         found.append(

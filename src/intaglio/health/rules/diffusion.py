@@ -303,7 +303,7 @@ def ema_lag(record: Record, limits: Limits) -> Iterator[Finding | NotMeasured]:
         yield Finding(
             "ema-lag",
             "fail",
-            "The average of the weights has not moved since the start: it is not stepped, and samples are noise.",
+            "The average of the weights has not moved since the start: it is not stepped.",
             {"moved": moved.value},
             remedies("step the average after every optimizer step"),
             step=int(moved.steps[-1]),

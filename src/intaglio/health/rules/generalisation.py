@@ -23,7 +23,15 @@ LOWER_IS_BETTER = ("*/loss/*", "*/*/nats_per_token", "*/*/mse", "*/*/error")
 @rule(
     id="no-learning",
     symptom=True,
-    follows=("learning-rate-off", "tied-and-frozen", "range-mismatch", "near-chance", "plateau", "diverged"),
+    follows=(
+        "learning-rate-off",
+        "gradients-add-up",
+        "tied-and-frozen",
+        "range-mismatch",
+        "near-chance",
+        "plateau",
+        "diverged",
+    ),
     source="no number without its null",
     case="J, E",
     needs=("train/loss/*", "val/loss/*", "train/*/nats_per_token"),
@@ -49,9 +57,11 @@ def no_learning(record: Record, limits: Limits) -> Iterator[Finding | NotMeasure
             continue  # training has something that held-out items have not: noise, dropout, smoothed labels
         late = s.values[-max(1, len(s) // 4) :] if len(s) >= FEWEST and name.startswith("train/") else s.values[-1:]
         value = float(np.median(late))  # of single batches one alone says little
-        if len(s) >= 4 * FEWEST and float(rolling_median(s.values, FEWEST).min()) < (1 - 10 * limits["share"]) * s.null:
+        gone = s.null - 10 * limits["share"] * abs(s.null)
+        if len(s) >= 4 * FEWEST and float(rolling_median(s.values, FEWEST).min()) < gone:
             continue  # it had learnt, and has lost it: see diverged
-        if s.null > 0 and value >= (1 - limits["share"]) * s.null and record.settled(s):
+        least = (1 - limits["share"]) * s.null if s.null > 0 else s.null  # densities have losses below 0
+        if s.null and value >= least and record.settled(s):
             yield Finding(
                 "no-learning",
                 "fail",
@@ -128,7 +138,7 @@ def _risen(s: Series) -> bool:
 @rule(
     id="plateau",
     symptom=True,
-    follows=("learning-rate-off", "near-chance"),
+    follows=("learning-rate-off", "gradients-add-up", "near-chance"),
     source="no number without its null",
     case="J: .0202 was the collapsed SIGReg",
     needs=("train/loss/*",),
@@ -259,15 +269,18 @@ def overfitting(record: Record, limits: Limits) -> Iterator[Finding | NotMeasure
 def other_scale(train: Series, val: Series, times: float = 5.0) -> bool:
     """Whether two losses of one name can not be one quantity.
 
-    The held-out one starts far above training's, which nothing learnt explains, or is far below it all along. Where
-    training's has come close to 0 beside the null, a ratio says nothing.
+    The held-out one starts far above training's, at its start and at that step, which nothing learnt explains, and
+    stays above it, or is far below it all along; where they come together it was the statistics of a normalisation.
+    Where training's has come close to 0 beside the null, a ratio says nothing.
     """
     size = float(np.median(np.abs(train.values[: max(1, len(train) // 100)])))
+    then = float(np.median(np.abs(train.values[np.abs(train.steps - val.steps[0]).argsort()[:5]])))
     begins = float(np.median(np.abs(val.values[: max(1, len(val) // 20)])))
     ends = abs(float(np.median(val.values[-max(1, len(val) // 5) :])))
     late = abs(float(np.median(train.values[-max(1, len(train) // 5) :])))
     solved = val.null is not None and late < 0.05 * val.null
-    return begins > times * size or (begins < size / times and ends < late / times and not solved)
+    above = begins > times * max(size, then) and ends > 2 * late
+    return above or (begins < min(size, then) / times and ends < late / times and not solved)
 
 
 def steadily_apart(train: Series, val: Series, times: float = 5.0) -> bool:
@@ -395,12 +408,12 @@ def validation_missing(record: Record, limits: Limits) -> Iterator[Finding | Not
     case="E, J",
     needs=("train/optimizer/gradient_norm",),
     log="the gradient norm before clipping",
-    limits={"share": 0.3, "relative": 1e-3},
+    limits={"share": 0.3, "relative": 1e-4},
 )
 def log_distorted(record: Record, limits: Limits) -> Iterator[Finding | NotMeasured]:
     """What is logged is not what it is called: a norm after clipping, a weighted value read as raw.
 
-    Seen by the share of gradient norms that equal the clip to three digits: rounding aside, none do.
+    Seen by the share of gradient norms that equal the clip to four digits: rounding aside, none do.
     """
     s = finite(record.series["train/optimizer/gradient_norm"])
     if len(s) < FEWEST:

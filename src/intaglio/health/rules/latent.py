@@ -101,14 +101,16 @@ def _like_a_bias(record: Record, limits: Limits) -> Iterator[Finding | NotMeasur
     case="J: 7 of 256",
     needs=("val/*/covariance_rank",),
     log="latents of a probe batch of at least twice as many items as dimensions",
-    limits={"fail": 0.05, "warning": 0.15},
+    limits={"fail": 0.05, "warning": 0.15, "foreign": 0.4, "least": 3.0},
 )
 def rank_collapse(record: Record, limits: Limits) -> Iterator[Finding | NotMeasured]:
     """Few directions carry the latents' variance.
 
     Seen by effective rank (entropy of the covariance's eigenvalues) over that of as many Gaussian vectors, both less 1,
-    which is the least.
+    which is the least. Of another program's data it is not known how many factors they have: a few colours and places
+    need no more than a tenth of the directions, so its limits are two fifths of ours.
     """
+    factor = limits["foreign"] if record.foreign or not record.config else 1.0
     for name, s in record.matching("val/*/covariance_rank").items():
         if s.null is None:
             yield NotMeasured(f"{name} has no null")
@@ -116,11 +118,14 @@ def rank_collapse(record: Record, limits: Limits) -> Iterator[Finding | NotMeasu
         if early := record.early(name):
             yield early
             continue
-        share = (s.value - 1) / max(s.null - 1, 1e-9)  # a rank is at least 1
-        if share < limits["warning"]:
+        if s.null < limits["least"]:
+            yield NotMeasured(f"{name}: of so few dimensions a rank says nothing")
+            continue
+        share = (s.value - 1) / (s.null - 1)  # a rank is at least 1
+        if share < limits["warning"] * factor:
             yield Finding(
                 "rank-collapse",
-                "fail" if share < limits["fail"] else "warning",
+                "fail" if share < limits["fail"] * factor else "warning",
                 f"{site(name)} uses {s.value:.1f} directions; {s.n or 'as many'} Gaussian vectors would use "
                 f"{s.null:.0f}.",
                 {"effective_rank": s.value, "null": s.null},
@@ -136,16 +141,18 @@ def rank_collapse(record: Record, limits: Limits) -> Iterator[Finding | NotMeasu
     case="J: measured its own 1e-6",
     needs=("val/*/participation_ratio",),
     log="latents of a probe batch",
-    limits={"share": 0.02, "single": 1.2},
+    limits={"share": 0.02, "single": 1.2, "least": 3.0},
 )
-def anisotropic(record: Record, limits: Limits) -> Iterator[Finding]:
+def anisotropic(record: Record, limits: Limits) -> Iterator[Finding | NotMeasured]:
     """One direction dominates the latents.
 
     Seen by participation ratio over that of as many Gaussian vectors, no jitter in the ratio; it fails where a single
     direction is left.
     """
     for name, s in record.matching("val/*/participation_ratio").items():
-        if s.null is not None and s.value < max(1.5, limits["share"] * s.null):
+        if s.null is not None and s.null < limits["least"]:
+            yield NotMeasured(f"{name}: of so few dimensions it says nothing")
+        elif s.null is not None and s.value < max(1.5, limits["share"] * s.null):
             yield Finding(
                 "anisotropic",
                 "fail" if s.value < limits["single"] else "warning",

@@ -97,12 +97,13 @@ def term_dominates(record: Record, limits: Limits) -> Iterator[Finding]:
     case="V: a ramp that was only logged",
     needs=("train/weight/*",),
     log="each term's weight as train/weight/NAME, beside train/loss/NAME and train/loss/total",
-    limits={"relative": 0.01},
+    limits={"relative": 0.01, "rounding": 1e-4},
 )
 def weight_not_applied(record: Record, limits: Limits) -> Iterator[Finding | NotMeasured]:
     """The weight that is logged is not the weight that multiplied.
 
-    Seen by Σ logged weight · logged term against the logged total, row by row.
+    Seen by Σ logged weight · logged term against the logged total, row by row, beside Σ |weight · term|; where they
+    hardly differ, by one term whose weight is logged as moving, and which another weight that stands explains.
     """
     total, weights = record.get("train/loss/total"), record.matching("train/weight/*")
     parts = terms(record)
@@ -112,7 +113,7 @@ def weight_not_applied(record: Record, limits: Limits) -> Iterator[Finding | Not
     if total is None or not parts:
         yield NotMeasured("train/loss/total and the terms stand not in the history together")
         return
-    due = np.zeros(len(total))
+    due, size = np.zeros(len(total)), np.zeros(len(total))
     for term, s in parts.items():
         w, rows = weights.get(f"train/weight/{term}"), np.isin(total.steps, s.steps)  # a term may begin later
         if w is None:  # of another optimizer, as a discriminator's
@@ -121,8 +122,14 @@ def weight_not_applied(record: Record, limits: Limits) -> Iterator[Finding | Not
             yield NotMeasured(f"the term {term} or its weight is not logged in the rows of the total")
             return
         due[rows] += w.values * s.values
-    off = np.abs(due - total.values) / (np.abs(total.values) + 1e-6)
-    if np.nanmax(off) > limits["relative"]:
+        size[rows] += np.abs(w.values * s.values)
+    off = np.abs(due - total.values) / (np.maximum(size, np.abs(total.values)) + 1e-6)
+    stands = np.nanmax(off) > limits["rounding"] and any(
+        _stands(total.values - due, np.isin(total.steps, s.steps), s, weights[f"train/weight/{term}"])
+        for term, s in parts.items()
+        if f"train/weight/{term}" in weights
+    )
+    if np.nanmax(off) > limits["relative"] or stands:
         worst = int(np.nanargmax(off))
         yield Finding(
             "weight-not-applied",
@@ -180,6 +187,15 @@ def stopped_in_ramp(record: Record, limits: Limits) -> Iterator[Finding | NotMea
                 (Remedy("choose by a term without a moving weight: --train.monitor val/loss/reconstruction"),),
                 step=end,
             )
+
+
+def _stands(missing: np.ndarray, rows: np.ndarray, s: Series, w: Series) -> bool:
+    """Whether what is missing in the total is one term, at a weight that stood while the logged one moved."""
+    missing, some = missing[rows], np.abs(s.values) > 0
+    if not missing[some].any() or len(missing) < FEWEST or np.ptp(w.values) == 0:
+        return False
+    applied = w.values[some] + missing[some] / s.values[some]
+    return bool(np.ptp(applied) < 0.01 * np.ptp(w.values))
 
 
 def _ended_early(record: Record, moving: dict[str, Series]) -> Iterator[Finding | NotMeasured]:

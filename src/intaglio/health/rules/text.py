@@ -18,10 +18,11 @@ from intaglio.history import NotMeasured
     limits={"nats": 0.05, "weak": 0.2, "nothing": 0.001},
 )
 def decoder_ignores_latent(record: Record, limits: Limits) -> Iterator[Finding]:
-    """Captions do not depend on the image.
+    """What is decoded, as captions, does not depend on the latent.
 
     Seen by what a token costs more when its caption is decoded from another image's latent: 0 where it is ignored, and
-    then 0 lies in its interval; the caption's surprise beside a bigram model's.
+    then 0 lies in its interval; the caption's surprise beside a bigram model's. Of a site without nats a token the unit
+    is not known, so that the interval alone decides.
     """
     for name, s in record.matching("val/*/shuffled_latent_nats").items():
         where = name.split("/")[1]
@@ -39,20 +40,24 @@ def decoder_ignores_latent(record: Record, limits: Limits) -> Iterator[Finding]:
             yield Finding(
                 "decoder-ignores-latent",
                 "fail",
-                "Captions do not depend on the image: another image's latent, one of zeros and the mean latent all "
-                f"cost exactly 0 nats, so nothing of the latent reaches the text decoder.{bigram}",
+                f"What is decoded at {where} does not depend on the latent: that of another item, one of zeros and the "
+                f"mean all cost exactly 0 nats, so nothing of it reaches the decoder.{bigram}",
                 {"nats": s.value},
                 remedies("let the text decoder attend to the latent: see what stands between the two"),
                 step=int(s.steps[0]),
             )
             continue
         low = record.get(f"{name}_low")
-        ignored = s.value < limits["nats"] and (low is None or low.value <= 0 or s.value < limits["nothing"])
+        unsure = low is not None and low.value <= 0
+        nothing = unsure or s.value < limits["nothing"]
+        ignored = nothing or (surprise is not None and low is None and s.value < limits["nats"])
+        if surprise is None and not ignored:
+            continue
         yield Finding(
             "decoder-ignores-latent",
             "fail" if ignored else "warning",
-            f"Another image's latent costs a caption {s.value:.3f} nats a token: the text decoder "
-            f"{'does not use' if ignored else 'hardly uses'} the latent.{bigram}",
+            f"Another item's latent costs {where} {s.value:.3f} nats{'' if surprise is None else ' a token'}: its "
+            f"decoder {'does not use' if ignored else 'hardly uses'} the latent.{bigram}",
             {"nats": s.value},
             remedies(
                 "train longer: --train.steps",

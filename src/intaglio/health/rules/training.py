@@ -22,7 +22,7 @@ FEWEST = 8
 MINIMISED = ("train/loss/*", "val/loss/*", "train/caption/nats_per_token", "val/caption/nats_per_token")
 
 
-QUANTISER = ("vq", "commitment", "codebook", "quantiser")
+QUANTISER = ("vq", "commit", "codebook", "quanti")
 """Words in the names of a quantiser's loss terms, which rise where latents grow, and are no loss of the model."""
 
 
@@ -94,7 +94,7 @@ def non_finite(record: Record, limits: Limits) -> Iterator[Finding]:
 @rule(
     id="diverged",
     symptom=True,
-    follows=("learning-rate-off",),
+    follows=("learning-rate-off", "gradients-add-up", "term-inert"),
     source="robust z-score: Iglewicz & Hoaglin 1993",
     case="V and J: gradients to 81",
     needs=MINIMISED,
@@ -106,7 +106,8 @@ def diverged(record: Record, limits: Limits) -> Iterator[Finding | NotMeasured]:
 
     Seen by the median of the last quarter against the best stretch of as many rows before it, in robust standard
     deviations of that stretch; a loss must also have given up a share of what it had gained, and a twentieth of what it
-    was. Of a program whose terms are not known their weighed sum is judged. InfoNCE beside a queue is
+    was. Of a program whose terms are not known their weighed sum is judged, and it only warns where more than half of
+    the way to the null is kept, as a loss that rises while its negatives become harder. InfoNCE beside a queue is
     judged on held-out items alone: as the encoder slows, the queue's old embeddings become harder to tell apart. A
     prediction beside SIGReg is judged by their total: it rises where SIGReg moves embeddings apart.
     """
@@ -142,13 +143,15 @@ def diverged(record: Record, limits: Limits) -> Iterator[Finding | NotMeasured]:
         noise = max(noise, course.noise(s.values)) if record.foreign else noise
         gained = float(s.values[0]) - then
         least = max(limits["deviations"] * noise, limits["share_lost"] * gained, limits["least"] * abs(then))
+        null = None if record.config and not record.foreign else _null(record, name)
+        kept = null is not None and now < null - limits["share_lost"] * (null - then)
         if now - then > least:
             rising = s.steps[best + width - 1 :][s.values[best + width - 1 :] > then + limits["deviations"] * noise]
             step = int(rising[0]) if len(rising) else int(s.steps[-1])
             given_up = True
             yield Finding(
                 "diverged",
-                "fail",
+                "warning" if kept else "fail",
                 f"{name} was {then:.4g} around step {int(s.steps[best]):,} and is {now:.4g} now: it has left its past.",
                 {"best": then, "now": now, "noise": noise},
                 (
@@ -162,6 +165,15 @@ def diverged(record: Record, limits: Limits) -> Iterator[Finding | NotMeasured]:
         yield NotMeasured(f"fewer than {FEWEST} rows of any loss under weights that stay as they are")
     elif not given_up and not queued:
         yield from _lost(minimised(record), record)
+
+
+def _null(record: Record, name: str) -> float | None:
+    """The null of a loss, or of its held-out twin; of a total that of its only term."""
+    split, term = name.split("/")[0], name.rpartition("/")[2]
+    others = {n.rpartition("/")[2] for n in record.matching("*/loss/*")} - {"total"}
+    term = next(iter(others)) if term == "total" and len(others) == 1 else term
+    found = [s.null for x in (split, "val") if (s := record.get(f"{x}/loss/{term}")) is not None and s.null is not None]
+    return found[0] if found else None
 
 
 def _lost(curves: Mapping[str, Series], record: Record) -> Iterator[Finding]:
@@ -201,13 +213,15 @@ def _lost(curves: Mapping[str, Series], record: Record) -> Iterator[Finding]:
 def spike(record: Record, limits: Limits) -> Iterator[Finding | NotMeasured]:
     """Single steps far off the rest, from which the run recovered.
 
-    Seen by distance from the rolling median of 21 rows, in robust standard deviations.
+    Seen by distance from the rolling median of 21 rows, in robust standard deviations, and from the two rows before.
     """
     curves = record.matching("train/loss/*", "val/loss/*", "train/optimizer/gradient_norm").items()
     long = {name: finite(s) for name, s in curves if len(finite(s)) >= 4 * FEWEST}
     if not long:
         yield NotMeasured(f"fewer than {4 * FEWEST} rows of any loss")
     for name, s in long.items():
+        if "train/loss/total" in long and "/loss/" in name and any(word in name for word in ASIDE):
+            continue  # its hump at the start is none, unless the total has it
         middle = rolling_median(s.values, 21)
         positive = bool((s.values > 0).all())  # heavy tails, as of gradient norms, are symmetric in their logarithm
         off = np.log(s.values / middle) if positive else s.values - middle
@@ -217,7 +231,9 @@ def spike(record: Record, limits: Limits) -> Iterator[Finding | NotMeasured]:
             & (off > limits["deviations"] * (mad(off[late]) + 1e-12))
             & (s.values - middle > (limits["times"] - 1) * np.abs(middle))
         )
-        if high.any() and not high[-3:].any():
+        before = np.maximum(s.values[:-1], np.concatenate([s.values[:1], s.values[:-2]]))
+        jumps = np.concatenate([[False], s.values[1:] > before + (limits["times"] - 1) * np.abs(before)])
+        if (high & jumps).any() and not high[-3:].any():
             worst = int(np.where(high, off, -np.inf).argmax())
             yield Finding(
                 "spike",
@@ -339,6 +355,9 @@ def _odd_course(s: Series) -> Iterator[Finding]:
         elif gradual and after[-1] > 0.3 and late > 0.8 * falls.mean():
             message = f"The rate ends at {after[-1]:.0%} of its peak, and still falls as fast as ever."
         step = int(s.steps[-1])
+    elif share[-1] > 0.3 and (change[-5:] > 0).all() and share[peak:].min() < 0.05:
+        message = f"The rate had come down, and ends amid a climb, at {share[-1]:.0%} of its peak."
+        severity, step = "warning", int(s.steps[-1])
     elif peak > 0.8 * len(s) and share[0] < 0.2 and (change >= 0).all():
         message = f"The rate rises until step {int(s.steps[peak]):,}: its warm-up takes the run."
         step = int(s.steps[-1])

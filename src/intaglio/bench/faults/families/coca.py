@@ -382,7 +382,7 @@ FAMILY = Family(
         Fault(
             "gradients-never-cleared",
             "The line that clears the gradients is missing, so that each step takes the sum of all before it.",
-            ("plateau", "no-learning", "near-chance"),
+            ("gradients-add-up", "plateau", "no-learning", "near-chance"),
             changes=(Change("        optim.zero_grad()\n", ""),),
         ),
     ),
