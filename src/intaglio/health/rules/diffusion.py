@@ -71,11 +71,13 @@ def condition_ignored(record: Record, limits: Limits) -> Iterator[Finding | NotM
     if not record.settled(s):
         yield NotMeasured("too early: what a condition is worth has not settled")
     elif cost is not None and _end(record, "val/condition/permuted_loss", "low") <= 0:
+        shown = record.matching("val/guidance.*/class_accuracy")
+        obeyed = any(s.null is not None and _end(record, name, "low") > s.null for name, s in shown.items())
         yield Finding(
             "condition-ignored",
-            "fail",
+            "warning" if obeyed else "fail",
             f"Other items' conditions cost the held-out loss {cost.value:.2%}, and 0 lies in the interval: "
-            "the condition says nothing to the network.",
+            + ("it hardly says what samples show." if obeyed else "the condition says nothing to the network."),
             {"permuted_loss": cost.value} | ({} if change is None else {"velocity_change": change.value}),
             remedies("lower --condition.drop", "train longer", "give the full token sequence", wait=1000),
             candidates=("the conditions say nothing of the images: train the classifier on them",),
@@ -313,10 +315,8 @@ def ema_lag(record: Record, limits: Limits) -> Iterator[Finding | NotMeasured]:
         if s is not None and not record.settled(s):
             yield NotMeasured("too early: the average of the weights is still warm from the start")
             return
-    near = moved is None or moved.value >= limits["moved"]
-    if loss is not None and loss.null is not None and loss.value > (1 + limits["worse"]) * loss.null:
-        near = False
-    if not near:
+    worse = loss is not None and loss.null is not None and loss.value > (1 + limits["worse"]) * loss.null
+    if worse or (moved is not None and moved.value < limits["moved"]):
         seen = [] if moved is None else [f"has gone {moved.value:.0%} of the way that the live weights went"]
         seen += [] if loss is None or loss.null is None else [f"has a loss of {loss.value:.4g}, theirs {loss.null:.4g}"]
         yield Finding(

@@ -17,6 +17,8 @@ from intaglio.history import NotMeasured, Series
 COLLAPSED_SIGREG = 0.40205
 """SIGReg over the number of embeddings where they are all zero: ``objectives.sigreg.collapsed_sigreg()``."""
 
+HITS = ("*/*/accuracy", "*/*/accuracy_as_logged", "*/*/accuracy_forced", "*/*/token_accuracy", "*/*/top1")
+
 LOWER_IS_BETTER = ("*/loss/*", "*/*/nats_per_token", "*/*/mse", "*/*/error")
 
 
@@ -84,7 +86,7 @@ def _unmoved(record: Record) -> Iterator[Finding | NotMeasured]:
         return
     stuck = {n: course.stuck(s) for n, s in curves.items()}
     terms_ = [finite(s) for n, s in record.matching("*/loss/*").items() if not any(w in n for w in ASIDE)]
-    hits = {n: finite(s) for n, s in record.matching("*/*/accuracy").items() if len(finite(s)) >= FEWEST}
+    hits = {n: finite(s) for n, s in record.matching(*HITS).items() if len(finite(s)) >= FEWEST}
     if any(map(course.improved, [*curves.values(), *terms_])) or any(map(_risen, hits.values())):
         return
     if not all(stuck.values()):
@@ -222,7 +224,8 @@ def _constants(record: Record, name: str, s: Series) -> dict[str, float]:
 def overfitting(record: Record, limits: Limits) -> Iterator[Finding | NotMeasured]:
     """The gain over the null on training items does not carry over to held-out items.
 
-    Seen by the same quantity of the same weights in the same mode, on training and on held-out items, beside the null.
+    Seen by the same quantity of the same weights in the same mode, on training and on held-out items, beside the null:
+    it fails where less than half of the gain is left.
     """
     pairs = {n: (s, record.get("val" + n.removeprefix("train"))) for n, s in record.matching("train/*/*").items()}
     judged = [n for n in pairs if not any(word in n for word in ASIDE)]
@@ -304,6 +307,11 @@ def _worse_accuracy(record: Record) -> bool | None:
     return bool(smooth[-1] < smooth.max() - 0.01 * (100 if smooth.max() > 1.5 else 1))
 
 
+def _carried(train: float, val: float, null: float | None, limits: Limits) -> bool:
+    """Whether held-out items still have that share of training's gain over the null."""
+    return null is not None and null - val >= limits["kept"] * (null - train) > 0
+
+
 def _parted(name: str, train: Series, val: Series, limits: Limits, record: Record) -> Iterator[Finding]:
     """The held-out loss stands far above training's, which goes on falling."""
     found = course.gap(train, val)
@@ -311,7 +319,9 @@ def _parted(name: str, train: Series, val: Series, limits: Limits, record: Recor
         return
     yield Finding(
         "overfitting",
-        "fail" if found.times > limits["gap_fail"] else "warning",
+        "fail"
+        if found.times > limits["gap_fail"] and not _carried(found.train, found.val, val.null, limits)
+        else "warning",
         f"{name.replace('train/', 'val/', 1)} has stood at {found.val:.4g} since step {found.since:,}, while "
         f"training's fell by {found.fallen:.0%} to {found.train:.4g}: {found.times:.1f} times apart.",
         {"train": found.train, "val": found.val, "times": found.times, "since": found.since},
@@ -336,7 +346,7 @@ def _turned(name: str, train: Series, val: Series, limits: Limits, record: Recor
         gone = rise > gained or (worse and _worse_accuracy(record) is not False)
         yield Finding(
             "overfitting",
-            "fail" if gone else "warning",
+            "fail" if gone and not _carried(far, now, val.null, limits) else "warning",
             f"{name.replace('train/', 'val/', 1)} was best at step {int(val.steps[best]):,} ({val.values[best]:.4g}) "
             f"and is {val.value:.4g} now, while training's goes on falling.",
             {"best": float(val.values[best]), "now": val.value},
