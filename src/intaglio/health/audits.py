@@ -126,9 +126,15 @@ def around_validation(model: nn.Module, facts: dict[str, Any]) -> Iterator[None]
     facts["changed_by_validation"] = [n for n in after if before.get(n) != after[n]]
 
 
+def drops(module: nn.Module) -> bool:
+    """Whether a module drops some of what it is given while it is in training mode."""
+    share = getattr(module, "p" if "Drop" in type(module).__name__ else "dropout", 0.0)
+    return isinstance(share, float) and share > 0
+
+
 @contextmanager
 def called_in_training_mode(model: nn.Module) -> Iterator[set[str]]:
-    """Names of the modules with buffers that are called inside while they are in training mode."""
+    """Names of the modules with buffers, or that drop, that are called inside while they are in training mode."""
     found: set[str] = set()
 
     def watch(name: str) -> Callable[[nn.Module, Any], None]:
@@ -138,7 +144,9 @@ def called_in_training_mode(model: nn.Module) -> Iterator[set[str]]:
 
         return look
 
-    watched = [(n, m) for n, m in model.named_modules() if n and any(True for _ in m.buffers(recurse=False))]
+    watched = [
+        (n, m) for n, m in model.named_modules() if n and (drops(m) or any(True for _ in m.buffers(recurse=False)))
+    ]
     hooks = [m.register_forward_pre_hook(watch(name)) for name, m in watched]
     try:
         yield found

@@ -229,12 +229,11 @@ class Monitor:
         if self.validations & (self.validations - 1):
             yield
             return
-        training = [name for name, m in self.model.named_modules() if m.training and any(True for _ in m.buffers())]
         found: dict[str, Any] = {}
-        with audits.around_validation(self.model, found):
+        with audits.around_validation(self.model, found), audits.called_in_training_mode(self.model) as called:
             yield
-            still = [name for name, m in self.model.named_modules() if m.training and name in training]
-        found["training_in_validation"] = still if found["changed_by_validation"] else []
+        modules, changed = dict(self.model.named_modules()), bool(found["changed_by_validation"])
+        found["training_in_validation"] = sorted(n for n in called if changed or audits.drops(modules[n]))
         for name, now in found.items():
             self.facts[name] = list(dict.fromkeys([*self.facts.get(name, ()), *now]))
         self._write_facts()

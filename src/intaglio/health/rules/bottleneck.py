@@ -55,6 +55,8 @@ def posterior_collapse(record: Record, limits: Limits) -> Iterator[Finding | Not
 def _fallen_rate(record: Record, limits: Limits) -> Iterator[Finding | NotMeasured]:
     """A KL term that fell to nothing and stays there, or never was anything. Its sign and its unit may be any."""
     looked = False
+    costs = [c.value for c in record.matching("val/*/shuffled_latent_*_low").values()]
+    unused = bool(costs) and max(costs) <= 0
     for name, s in record.matching(*KL_TERMS).items():
         s = finite(s)
         if len(s) < FEWEST or not record.settled(s):
@@ -63,7 +65,8 @@ def _fallen_rate(record: Record, limits: Limits) -> Iterator[Finding | NotMeasur
         nats = np.abs(s.values)
         late, top = float(np.median(nats[-max(2, len(s) // 4) :])), float(rolling_median(nats, 3).max())
         rising = float(np.median(nats[-max(2, len(s) // 8) :])) > 1.5 * float(np.median(nats[len(nats) // 2 :]))
-        gone = late < limits["nats"] and (late < limits["kept"] * top or top < limits["nats"] * limits["kept"])
+        never = top < limits["nats"] * (1.0 if unused else limits["kept"])
+        gone = late < limits["nats"] and (late < limits["kept"] * top or never)
         if gone and not rising:
             yield Finding(
                 "posterior-collapse",

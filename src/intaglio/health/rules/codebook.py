@@ -8,7 +8,7 @@ from intaglio.health.finding import Finding, remedies
 from intaglio.health.record import Record
 from intaglio.health.rule import Limits, Rule, rule
 from intaglio.health.rules.course import finite
-from intaglio.health.rules.training import FEWEST, QUANTISER, rolling_median
+from intaglio.health.rules.training import ADVERSARIAL, FEWEST, QUANTISER, rolling_median
 from intaglio.history import NotMeasured
 
 SITES = ("codes*", "*vq*", "*codebook*", "*quanti*")
@@ -18,6 +18,9 @@ PERPLEXITY, USAGE = (tuple(f"*/{site}/{what}" for site in SITES) for what in ("p
 
 AS_VECTORS = ("*/*/norm_ratio", "*/*/updates_per_step", "*/*/revival_threshold")
 """What is measured of codes that stand among the vectors that they quantise."""
+
+TARGETS = ("total", "reconstruction", "recon", "rec", "nll", "mse", "l1", "l2", "bce", "image", "perceptual", "lpips")
+"""Names of terms that cannot be the quantiser's."""
 
 TERMS = tuple(f"train/loss/*{word}*" for word in QUANTISER)
 
@@ -358,7 +361,8 @@ def quantiser_loss_missing(record: Record, limits: Limits) -> Iterator[Finding |
     named = {n.rsplit("/", 1)[1]: s for n, s in record.matching("train/loss/*").items()}
     terms = {name for name in named if any(word in name for word in QUANTISER)}
     weights = {t: w.value for t in terms if (w := record.get(f"train/weight/{t}")) is not None}
-    if not terms and not record.config and (len(named.keys() - {"total"}) > 1 or not record.matching(*AS_VECTORS)):
+    unknown = [n for n in named if n not in TARGETS and not any(word in n for word in ADVERSARIAL)]
+    if not terms and not record.config and (unknown or not record.matching(*AS_VECTORS)):
         yield NotMeasured("which term, if any, draws encoder and codes together is not known")
         return
     if named and (not terms or (weights and not any(weights.values()))):

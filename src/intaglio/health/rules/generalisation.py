@@ -62,7 +62,8 @@ def no_learning(record: Record, limits: Limits) -> Iterator[Finding | NotMeasure
         gone = s.null - 10 * limits["share"] * abs(s.null)
         if len(s) >= 4 * FEWEST and float(rolling_median(s.values, FEWEST).min()) < gone:
             continue  # it had learnt, and has lost it: see diverged
-        least = (1 - limits["share"]) * s.null if s.null > 0 else s.null  # densities have losses below 0
+        size = s.null if s.null > 0 else max(float(s.values[0]) - s.null, 0.0)  # densities have losses below 0
+        least = s.null - limits["share"] * size
         if s.null and value >= least and record.settled(s):
             yield Finding(
                 "no-learning",

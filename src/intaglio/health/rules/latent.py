@@ -137,6 +137,7 @@ def rank_collapse(record: Record, limits: Limits) -> Iterator[Finding | NotMeasu
 @rule(
     id="anisotropic",
     symptom=True,
+    follows=("learning-rate-off", "norm-pinned", "near-chance", "diverged"),
     source="Gao et al. 2017; Rudman et al. 2022 (IsoScore)",
     case="J: measured its own 1e-6",
     needs=("val/*/participation_ratio",),

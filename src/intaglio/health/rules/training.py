@@ -99,7 +99,7 @@ def non_finite(record: Record, limits: Limits) -> Iterator[Finding]:
     case="V and J: gradients to 81",
     needs=MINIMISED,
     log="the loss, at least forty times",
-    limits={"deviations": 8.0, "share_lost": 0.5, "least": 0.05},
+    limits={"deviations": 8.0, "share_lost": 0.5, "least": 0.05, "exploded": 3.0},
 )
 def diverged(record: Record, limits: Limits) -> Iterator[Finding | NotMeasured]:
     """A loss leaves its own past for good.
@@ -164,7 +164,31 @@ def diverged(record: Record, limits: Limits) -> Iterator[Finding | NotMeasured]:
     if not looked:
         yield NotMeasured(f"fewer than {FEWEST} rows of any loss under weights that stay as they are")
     elif not given_up and not queued:
-        yield from _lost(minimised(record), record)
+        exploded = list(_exploded(minimised(record), record, limits))
+        yield from exploded or _lost(minimised(record), record)
+
+
+def _exploded(curves: Mapping[str, Series], record: Record, limits: Limits) -> Iterator[Finding]:
+    """A loss that was several times its first rows for a tenth of the run, and ends no better than it began or than
+    its null."""
+    for name, s in curves.items():
+        if not name.startswith("train/") or len(s) < 2 * FEWEST or s.values.min() <= 0:
+            continue
+        first, now = float(np.median(s.values[:3])), float(np.median(s.values[-len(s) // 4 :]))
+        high = s.values > limits["exploded"] * first
+        null = _null(record, name)
+        if high.mean() > 0.1 and now > 0.98 * (first if null is None else min(first, null)):
+            peak = int(s.values.argmax())
+            yield Finding(
+                "diverged",
+                "fail",
+                f"{name} began at {first:.4g}, was {s.values[peak]:.4g} at step {int(s.steps[peak]):,}, and ends at "
+                f"{now:.4g}: it exploded, and has learnt nothing since.",
+                {"first": first, "peak": float(s.values[peak]), "now": now},
+                (Remedy("a tenth of the rate: --optim.rate", 500), _clip(record)),
+                candidates=("the rate is too high for this optimizer: a tenth", "targets or inputs are not scaled"),
+                step=int(s.steps[high][0]),
+            )
 
 
 def _null(record: Record, name: str) -> float | None:
@@ -226,11 +250,10 @@ def spike(record: Record, limits: Limits) -> Iterator[Finding | NotMeasured]:
         positive = bool((s.values > 0).all())  # heavy tails, as of gradient norms, are symmetric in their logarithm
         off = np.log(s.values / middle) if positive else s.values - middle
         late = np.arange(len(s)) >= max(10, len(s) // 10)  # the start of a run is steep, not spiky
-        high = (
-            late
-            & (off > limits["deviations"] * (mad(off[late]) + 1e-12))
-            & (s.values - middle > (limits["times"] - 1) * np.abs(middle))
-        )
+        least = (limits["times"] - 1) * np.abs(middle)
+        if not positive:  # a level near 0 is no size
+            least = np.maximum(least, 0.05 * np.ptp(middle))
+        high = late & (off > limits["deviations"] * (mad(off[late]) + 1e-12)) & (s.values - middle > least)
         before = np.maximum(s.values[:-1], np.concatenate([s.values[:1], s.values[:-2]]))
         jumps = np.concatenate([[False], s.values[1:] > before + (limits["times"] - 1) * np.abs(before)])
         if (high & jumps).any() and not high[-3:].any():
