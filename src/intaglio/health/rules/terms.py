@@ -1,6 +1,6 @@
 """The terms of the loss: does each teach, does one drown the others, is what is logged what is applied? No torch."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 import numpy as np
 
@@ -103,7 +103,7 @@ def weight_not_applied(record: Record, limits: Limits) -> Iterator[Finding | Not
     """The weight that is logged is not the weight that multiplied.
 
     Seen by Σ logged weight · logged term against the logged total, row by row, beside Σ |weight · term|; where they
-    hardly differ, by one term whose weight is logged as moving, and which another weight that stands explains.
+    hardly differ, by terms whose weights are logged as moving, and which weights that stand explain.
     """
     total, weights = record.get("train/loss/total"), record.matching("train/weight/*")
     parts = terms(record)
@@ -124,11 +124,7 @@ def weight_not_applied(record: Record, limits: Limits) -> Iterator[Finding | Not
         due[rows] += w.values * s.values
         size[rows] += np.abs(w.values * s.values)
     off = np.abs(due - total.values) / (np.maximum(size, np.abs(total.values)) + 1e-6)
-    stands = np.nanmax(off) > limits["rounding"] and any(
-        _stands(total.values - due, np.isin(total.steps, s.steps), s, weights[f"train/weight/{term}"])
-        for term, s in parts.items()
-        if f"train/weight/{term}" in weights
-    )
+    stands = np.nanmax(off) > limits["rounding"] and _stands(total, due, parts, weights)
     if np.nanmax(off) > limits["relative"] or stands:
         worst = int(np.nanargmax(off))
         yield Finding(
@@ -189,13 +185,15 @@ def stopped_in_ramp(record: Record, limits: Limits) -> Iterator[Finding | NotMea
             )
 
 
-def _stands(missing: np.ndarray, rows: np.ndarray, s: Series, w: Series) -> bool:
-    """Whether what is missing in the total is one term, at a weight that stood while the logged one moved."""
-    missing, some = missing[rows], np.abs(s.values) > 0
-    if not missing[some].any() or len(missing) < FEWEST or np.ptp(w.values) == 0:
+def _stands(total: Series, due: np.ndarray, parts: Mapping[str, Series], weights: Mapping[str, Series]) -> bool:
+    """Whether what is missing in the total is that of terms whose logged weights moved, at weights that stood."""
+    moving = {t: w for t in parts if (w := weights.get(f"train/weight/{t}")) is not None and np.ptp(w.values) > 0}
+    if not moving or len(total) < FEWEST or any(len(parts[t]) != len(total) for t in moving):
         return False
-    applied = w.values[some] + missing[some] / s.values[some]
-    return bool(np.ptp(applied) < 0.01 * np.ptp(w.values))
+    rest = total.values - due + sum(w.values * parts[t].values for t, w in moving.items())
+    columns = np.stack([parts[t].values for t in moving], 1)
+    applied, *_ = np.linalg.lstsq(columns, rest, rcond=None)
+    return bool(np.abs(rest - columns @ applied).max() < 0.02 * np.abs(total.values - due).max())
 
 
 def _ended_early(record: Record, moving: dict[str, Series]) -> Iterator[Finding | NotMeasured]:
