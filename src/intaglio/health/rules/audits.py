@@ -254,6 +254,8 @@ def split_leak(record: Record, limits: Limits) -> Iterator[Finding | NotMeasured
 def _one_curve(record: Record, limits: Limits) -> Iterator[Finding]:
     """Held-out and training loss, or accuracy, are one curve, or the held-out one lies far below, or is perfect."""
     for name, s in record.matching("val/*/accuracy").items():
+        if record.get(f"{name.partition('.')[0]}/accuracy") is not None and "." in name:
+            continue  # that of one kind, which may be easy
         if (
             len(s) >= limits["rows"]
             and (s.values[1:] >= limits["perfect"] * (100 if s.values.max() > 1.5 else 1)).all()

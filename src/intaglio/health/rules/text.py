@@ -174,12 +174,13 @@ def free_running_gap(record: Record, limits: Limits) -> Iterator[Finding | NotMe
     case="V",
     needs=("val/answer/shuffled_image_nats", "val/answer.*/accuracy"),
     log="accuracy of each question type as val/answer.TYPE/accuracy with its majority as null",
-    limits={"nats": 0.05, "gain": 0.02},
+    limits={"nats": 0.05, "gain": 0.02, "error": 0.03},
 )
 def question_only(record: Record, limits: Limits) -> Iterator[Finding | NotMeasured]:
     """Answers do not need the image, or are no better than the commonest one.
 
-    Seen by accuracy by question type beside the majority answer's; what another image costs.
+    Seen by accuracy by question type, of questions enough to tell, beside the majority answer's; what another image
+    costs.
     """
     early = [record.early(name) for name in record.matching("val/answer/shuffled_image_nats", "val/answer.*/accuracy")]
     swapped = record.get("val/answer/shuffled_image_nats")
@@ -197,7 +198,9 @@ def question_only(record: Record, limits: Limits) -> Iterator[Finding | NotMeasu
             step=int(swapped.steps[-1]),
         )
     for name, s in record.matching("val/answer.*/accuracy").items():
-        if s.null is not None and s.value < s.null + limits["gain"]:
+        if s.null is None or (s.n and (s.null * (1 - s.null) / s.n) ** 0.5 > limits["error"]):
+            continue
+        if s.value < s.null + limits["gain"]:
             kind = name.split("/")[1].removeprefix("answer.")
             yield Finding(
                 "question-only",

@@ -209,10 +209,12 @@ def _lost(curves: Mapping[str, Series], record: Record) -> Iterator[Finding]:
         held_out = {n: c for n, c in curves.items() if n.startswith("val/") and len(c) >= FEWEST}
         others = [stretches[n] for n, c in held_out.items() if c.steps[-1] >= x.first]  # it looked there
         seen = [y for y in others if y is not None and not y.recovered and y.last >= x.first]
+        null = _null(record, name)
+        void = null is not None and x.at_end and x.now >= null
         where = f"from step {x.first:,} on" if x.at_end else f"from step {x.first:,} to {x.last:,}"
         yield Finding(
             "diverged",
-            "fail" if seen or (not others and x.rows >= 3) else "warning",
+            "fail" if seen or void or (not others and x.rows >= 3) else "warning",
             f"{name} had come to {x.best:.4g} and was up to {x.peak:.4g} {where}; it ends at {x.now:.4g}"
             + (", and the held-out loss with it." if seen else "."),
             {"best": x.best, "peak": x.peak, "now": x.now, "rows": x.rows},
