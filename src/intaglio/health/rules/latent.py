@@ -24,14 +24,15 @@ def site(name: str) -> str:
     case="E: std .0255 was the default bias of Linear(512, 1024)",
     needs=("val/*/varying_share", "*/latent/std"),
     log="latents of a probe batch: a monitor with taps reads them",
-    limits={"share": 1e-3, "bias": 0.999, "lost": 0.2, "default": 0.02, "steady": 0.05},
+    limits={"share": 1e-3, "none": 1e-6, "bias": 0.999, "lost": 0.2, "shrunk": 0.5, "default": 0.02, "steady": 0.05},
 )
 def latent_ignores_input(record: Record, limits: Limits) -> Iterator[Finding | NotMeasured]:
     """The latent is (nearly) the same for every input.
 
     Seen by the share of the latents' second moment that differs between inputs, 0 where the input is ignored; that
-    share and the latents' spread against those of the first look. A history that has the spread alone can only raise
-    the suspicion: where it is that of a default bias.
+    share and the latents' spread against those of the first look. It fails where nothing differs, or the spread has
+    shrunk too, and not where the mean has moved. A history that has the spread alone can only raise the suspicion:
+    where it is that of a default bias.
     """
     if not record.matching("val/*/varying_share"):
         yield from _like_a_bias(record, limits)
@@ -48,6 +49,18 @@ def latent_ignores_input(record: Record, limits: Limits) -> Iterator[Finding | N
                     remedies("a variance term or SIGReg", "stop the gradient of the targets", wait=500),
                     step=int(s.steps[-1]),
                 )
+            continue
+        std = record.get(f"val/{site(name)}/std")
+        if s.value > limits["none"] and std is not None and std.value > limits["shrunk"] * float(std.values[0]):
+            yield Finding(
+                "latent-ignores-input",
+                "warning",
+                f"The mean of {site(name)} lies {s.value**-0.5:.0f} standard deviations off, so that {s.value:.2g} of "
+                "its second moment differs between inputs, though its spread is no less than it was.",
+                {"varying_share": s.value, "std": std.value},
+                remedies("another learning rate: --optim.rate", "centre the latents", wait=500),
+                step=int(s.steps[-1]),
+            )
             continue
         bias = record.get(f"val/{site(name)}/bias_share")
         constant = bias is not None and bias.value > limits["bias"]
