@@ -5,9 +5,10 @@ import pytest
 
 from intaglio.health.record import Record
 from intaglio.health.rule import apply
-from intaglio.health.rules.diffusion import RULES
+from intaglio.health.rules import diffusion, noise
 from intaglio.history import Series
 
+RULES = (*noise.RULES, *diffusion.RULES)
 BY_ID = {r.id: r for r in RULES}
 LATE = np.arange(200, 2200, 200)
 
@@ -152,6 +153,8 @@ def test_both_branches_of_guidance_are_trained(drop, guidance, due):
         config = {"system": "diffusion", "condition": {"by": by, "drop": drop}}
         findings = apply([BY_ID["null-mismatch"]], Record(series, config=config, steps=2000)).findings
         assert [f.severity for f in findings] == expected
+    strangers = Record(series | {"train/condition/dropped_share": looks(drop)}, steps=2000)
+    assert [f.severity for f in apply([BY_ID["null-mismatch"]], strangers).findings] == due
 
 
 def test_every_rule_is_tested_here():

@@ -1,11 +1,13 @@
 """The pages of the rules, from the rules: ``python -m intaglio.health.pages docs/rules`` writes them."""
 
+import inspect
 import re
 import sys
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import groupby
 from pathlib import Path
 
+from intaglio.health.finding import SEVERITIES
 from intaglio.health.rule import Rule
 from intaglio.health.rules import all_rules, static
 
@@ -21,7 +23,8 @@ FAMILIES = {
     "codebook": "Codebook",
     "contrastive": "Contrastive and predictive losses",
     "adversarial": "Two networks against each other",
-    "diffusion": "Diffusion",
+    "noise": "Diffusion: what it is trained on",
+    "diffusion": "Diffusion: what it draws",
     "text": "Text decoders",
     "static": "Before training alone, by `intaglio check`",
 }
@@ -45,6 +48,7 @@ def page(rule: Rule, before: list[str]) -> str:
         "reads": reads.replace("*/*/*", "every series"),
         "to have it measured": f"log {rule.log}",
         "limits": limits or "none",
+        "may say": ", ".join(severities(rule)),
         "source": rule.source,
         "seen in": rule.case,
         "concerns": ", ".join(rule.concerns),
@@ -61,6 +65,14 @@ def page(rule: Rule, before: list[str]) -> str:
         + (f"; other limits stand in a profile: `{rule.id}: {{{profile}}}`." if profile else "."),
     ]
     return "\n\n".join(parts).replace("``", "`") + "\n"
+
+
+def severities(rule: Rule) -> list[str]:
+    """What a rule may say, gravest first, from the text of the functions that make its findings."""
+    assert rule.judge is not None
+    source = inspect.getsource(sys.modules[rule.judge.__module__])
+    parts = [part for part in re.split(r"^(?=@rule|def )", source, flags=re.M) if f'"{rule.id}"' in part]
+    return [s for s in SEVERITIES if any(f'"{s}"' in part for part in parts)]
 
 
 def before_training() -> dict[str, list[str]]:

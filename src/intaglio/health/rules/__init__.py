@@ -16,10 +16,11 @@ def all_rules() -> Sequence[Rule]:
         diffusion,
         generalisation,
         latent,
+        noise,
         terms,
         text,
         training,
     )
 
     pages = (training, terms, generalisation, audits, latent, bottleneck, codebook, contrastive)
-    return [r for page in (*pages, adversarial, diffusion, text) for r in page.RULES]
+    return [r for page in (*pages, adversarial, noise, diffusion, text) for r in page.RULES]

@@ -277,6 +277,8 @@ def other_scale(train: Series, val: Series, times: float = 5.0) -> bool:
     stays above it, or is far below it all along; where they come together it was the statistics of a normalisation.
     Where training's has come close to 0 beside the null, a ratio says nothing.
     """
+    if min(train.values.min(), val.values.min()) < 0:
+        return False  # a ratio of what crosses 0 says nothing
     size = float(np.median(np.abs(train.values[: max(1, len(train) // 100)])))
     then = float(np.median(np.abs(train.values[np.abs(train.steps - val.steps[0]).argsort()[:5]])))
     begins = float(np.median(np.abs(val.values[: max(1, len(val) // 20)])))

@@ -278,6 +278,8 @@ def train(
         optim.zero_grad()
         loss.backward()
         monitor.step({"velocity": loss}, (x[rows], told))
+        if step % 5 == 0:
+            monitor.log({"train/condition/dropped_share": float((told == CLASSES).float().mean())})
         optim.step()
         rates.step()
         if average:

@@ -276,6 +276,8 @@ def train(
         optim.zero_grad()
         loss.backward()
         monitor.step({"denoising": loss}, (y[rows], told))
+        if step % 5 == 0:
+            monitor.log({"train/condition/dropped_share": float((told == PAD).all(1).float().mean())})
         optim.step()
         rates.step()
         averaged.update_parameters(model)

@@ -8,7 +8,7 @@ from intaglio.config import DiffusionConfig, to_dict
 from intaglio.health.finding import Finding, Severity, remedies
 from intaglio.health.record import of_readings
 from intaglio.health.rule import Rule
-from intaglio.health.rules import diffusion
+from intaglio.health.rules import noise
 from intaglio.health.rules.static.facts import Facts, constant_attention, found
 from intaglio.objectives.diffusion import NoiseSchedule, Prediction
 from intaglio.sampling.diffusion import Sampler
@@ -73,7 +73,7 @@ def _over_one(idle: Mapping[str, int], what: str, options: Sequence[str]) -> Ite
 
 def null_mismatch(facts: Facts[DiffusionConfig]) -> list[Finding]:
     """``null-mismatch``: conditions are dropped always, never although samples are guided, or hardly ever."""
-    return _as_in_training(diffusion.null_mismatch, facts, ("--condition.drop 0.15",))
+    return _as_in_training(noise.null_mismatch, facts, ("--condition.drop 0.15",))
 
 
 def schedule_mismatch(facts: Facts[DiffusionConfig]) -> list[Finding]:
@@ -81,7 +81,7 @@ def schedule_mismatch(facts: Facts[DiffusionConfig]) -> list[Finding]:
     zero = "--noise.zero_terminal_snr true"
     blind = facts.config.loss.prediction == "epsilon"  # refused where no signal is left
     return _as_in_training(
-        diffusion.schedule_mismatch, facts, ("--noise.kind cosine", f"--loss.prediction v {zero}" if blind else zero)
+        noise.schedule_mismatch, facts, ("--noise.kind cosine", f"--loss.prediction v {zero}" if blind else zero)
     )
 
 
@@ -89,7 +89,7 @@ def high_noise_starved(facts: Facts[DiffusionConfig]) -> list[Finding]:
     """``high-noise-starved``: the weights of the loss leave levels of much noise next to nothing."""
     noisy = {name: r for name, r in facts.readings.items() if name.startswith("train/log_snr.-")}
     options = ("--loss.prediction v --loss.weighting uniform",)
-    return _as_in_training(diffusion.high_noise_starved, replace(facts, readings=noisy), options)
+    return _as_in_training(noise.high_noise_starved, replace(facts, readings=noisy), options)
 
 
 def sampler_wrong(facts: Facts[DiffusionConfig]) -> list[Finding]:
