@@ -200,6 +200,13 @@ def test_a_probe_that_the_model_cannot_take_is_refused_before_training(tmp_path)
     assert not (tmp_path / "run").exists()
 
 
+def test_a_loss_has_one_null_in_training_and_on_held_out_items(tmp_path):
+    nulls = {"total": 2.0, "val/loss/total": 3.0, "val/answer/accuracy": 0.5}
+    _, monitor, _ = fit(tmp_path / "run", nulls=nulls, steps=2)
+    found = {"train/loss/total": 2.0, "val/loss/total": 3.0, "val/answer/accuracy": 0.5}
+    assert monitor.nulls == found
+
+
 def test_a_folder_that_holds_a_run_is_not_written_into(tmp_path):
     fit(tmp_path / "run", steps=2)
     before = (tmp_path / "run" / "metrics.jsonl").read_bytes()

@@ -35,6 +35,19 @@ def without_gradient(model: nn.Module) -> dict[str, int]:
     return dict(silent)
 
 
+UNSEEDED = 67280421310721
+"""The seed of PyTorch's generator in a process where nobody set one, in versions that do not draw it."""
+
+WRITTEN = 2**32
+"""Seeds from here on are drawn by PyTorch, in a fresh process or by ``torch.seed()``, and written by nobody."""
+
+
+def seed() -> int | None:
+    """The seed that somebody set, or None."""
+    found = torch.initial_seed()
+    return None if found == UNSEEDED or found >= WRITTEN else found
+
+
 LEAST_RATE = 1e-7
 """Rates below this move a number of the size of 1 by less than float32 can tell."""
 

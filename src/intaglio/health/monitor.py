@@ -43,13 +43,6 @@ AUDITED = 3
 """Steps in which gradients are watched before a tensor without one is called dead."""
 
 
-UNSEEDED = 67280421310721
-"""The seed of PyTorch's generator in a process where nobody set one, in versions that do not draw it."""
-
-WRITTEN = 2**32
-"""Seeds from here on are drawn by PyTorch, in a fresh process or by ``torch.seed()``, and written by nobody."""
-
-
 class Stopped(RuntimeError):
     """Training must not go on; the message says why, and ``finding`` what was seen."""
 
@@ -75,7 +68,8 @@ class Monitor:
         steps: how long the run is meant to be, where that is known.
         profile: limits of the rules: ``default``, ``documents``, or a YAML file.
         plan: limits of your own, as a YAML file or its lines; see docs/plans.md.
-        nulls: by name, as ``val/loss/total``, what a quantity is where nothing has been learnt.
+        nulls: what a quantity is where nothing has been learnt, by its name, as ``val/loss/total``, or by that of a
+            loss, as ``total``, in training and on held-out items.
         on_finding: called with each new finding.
         stop: raises ``Stopped`` at the first failing finding.
         start: optimizer steps made before, where training goes on from a checkpoint.
@@ -111,7 +105,7 @@ class Monitor:
         self.model, self.optimizer, self.probe, self.scaled = model, optimizer, probe, scaled
         self.forward, self.read = forward or (lambda m, batch: m(batch)), read
         self.every, self.log_every, self.steps, self.stop = every, log_every, steps, stop
-        self.nulls, self.on_finding = dict(nulls or {}), on_finding
+        self.nulls, self.on_finding = _nulls(nulls or {}), on_finding
         self.profile, self.plan = load_profile(profile), load_plan(plan)
         for limit in self.plan:
             if limit.checkpoint:
@@ -390,6 +384,12 @@ class Monitor:
         write_atomically(self.folder.path / "audits.json", json.dumps(self.facts, indent=2, ensure_ascii=False) + "\n")
 
 
+def _nulls(given: Mapping[str, float]) -> dict[str, float]:
+    """By full name; a loss of one's own name has the same null on both splits."""
+    both = {f"{split}/loss/{n}": value for n, value in given.items() if "/" not in n for split in ("train", "val")}
+    return both | {n: value for n, value in given.items() if "/" in n}
+
+
 def _weighed(losses: Loss | Mapping[str, Loss]) -> dict[str, tuple[Tensor | float, float]]:
     """Terms with their weights; a lone loss is the term ``total``."""
     if not isinstance(losses, Mapping):
@@ -480,12 +480,6 @@ def _module(model: nn.Module, path: str) -> nn.Module:
     return modules[path]
 
 
-def _seed() -> int | None:
-    """The seed that somebody set, or None."""
-    seed = torch.initial_seed()
-    return None if seed == UNSEEDED or seed >= WRITTEN else seed
-
-
 def _new_folder(path: Path, steps: int | None) -> RunFolder:
     if (path / "run.json").is_file():
         raise ValueError(f"{path} holds a run already; give the monitor a folder of its own.")
@@ -495,6 +489,6 @@ def _new_folder(path: Path, steps: int | None) -> RunFolder:
     versions = {"torch": torch.__version__}
     folder.update(
         id=uuid.uuid4().hex[:12], name=path.name, system=None, started=started, status="running", steps=steps,
-        versions=versions, notices=[], seed=_seed(),
+        versions=versions, notices=[], seed=audits.seed(),
     )  # fmt: skip
     return folder
