@@ -158,6 +158,24 @@ def test_gradients_that_add_up_are_told_and_micro_batches_are_not(tmp_path, empt
     assert next(model.parameters())._backward_hooks in (None, {})
 
 
+def test_a_teacher_that_is_averaged_is_known_to_move(tmp_path):
+    torch.manual_seed(0)
+    model = Autoencoder()
+    model.teacher, model.frozen = nn.Linear(64, 8).requires_grad_(False), nn.Linear(2, 2).requires_grad_(False)
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=1e-3)
+    monitor = Monitor(model, optimizer, folder=tmp_path / "run", every=5)
+    for k in range(6):
+        optimizer.zero_grad()
+        loss = (model(x := data(16, k)) - x).square().mean()
+        loss.backward()
+        monitor.step(loss)
+        optimizer.step()
+        with torch.no_grad():
+            model.teacher.weight.lerp_(model.latent.weight, 0.1)
+    assert monitor.facts["moving_targets"] == ["teacher.weight"]
+    monitor.close()
+
+
 def test_what_a_later_look_at_held_out_items_changes_is_seen(tmp_path):
     model = Autoencoder()
     monitor = Monitor(model, folder=tmp_path / "run")

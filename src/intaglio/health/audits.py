@@ -130,6 +130,12 @@ def unmoved(model: nn.Module, before: Mapping[str, str], optimizer: torch.optim.
     return [n for n, p in trained if n in before and before[n] == _digest(p)]
 
 
+def moving(model: nn.Module, before: Mapping[str, str]) -> list[str]:
+    """Frozen parameters that move all the same, as an averaged teacher does, whose answers are moving targets."""
+    frozen = [(n, p) for n, p in model.named_parameters() if not p.requires_grad and n in before]
+    return [n for n, p in frozen if before[n] != _digest(p)]
+
+
 @contextmanager
 def around_validation(model: nn.Module, facts: dict[str, Any]) -> Iterator[None]:
     """Writes into ``facts`` which tensors a look at held-out items changed."""

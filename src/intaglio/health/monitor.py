@@ -314,7 +314,7 @@ class Monitor:
         self._muted = muted and self.count < self.start + (self.steps or math.inf) / 2
         if not first and not self._audited:
             self._audited = True
-            self.facts |= self.leftovers.end()
+            self.facts |= self.leftovers.end() | {"moving_targets": audits.moving(self.model, self._before)}
             self._tell_dead()
 
     def _tell_dead(self, over: bool = False) -> None:

@@ -20,7 +20,7 @@ def _some(names: list[str], most: int = 3) -> str:
 
 @rule(
     id="dead-parameters",
-    follows=("temperature-stuck",),
+    follows=("temperature-stuck", "not-in-optimizer"),
     source="nothing is skipped silently",
     case="E: 16.8M parameters never called; D: 725k",
     facts=("dead_parameters",),

@@ -180,7 +180,15 @@ def anisotropic(record: Record, limits: Limits) -> Iterator[Finding | NotMeasure
 
 @rule(
     id="prior-mismatch",
-    follows=("free-running-gap", "decoder-ignores-latent", "diverged", "condition-ignored", "queue-stale"),
+    follows=(
+        "free-running-gap",
+        "decoder-ignores-latent",
+        "diverged",
+        "condition-ignored",
+        "queue-stale",
+        "kl-units",
+        "temperature-misstates-rate",
+    ),
     source="Rosca et al. 2018; Tomczak & Welling 2018",
     case="E: norm .81 where 32 is due, 3,248 nats",
     needs=("val/prior/object", "val/*/prior_nats", "*/latent/std"),

@@ -22,6 +22,7 @@ from intaglio.history import NotMeasured
 
 @rule(
     id="ema-lag",
+    follows=("tied-and-frozen",),
     concerns=("diffusion",),
     source="Karras et al. 2024, section 3; counting",
     needs=("val/ema/loss", "val/ema/moved", "val/ema/averaged_buffers"),

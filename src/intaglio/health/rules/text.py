@@ -174,20 +174,21 @@ def free_running_gap(record: Record, limits: Limits) -> Iterator[Finding | NotMe
     case="V",
     needs=("val/answer/shuffled_image_nats", "val/answer.*/accuracy"),
     log="accuracy of each question type as val/answer.TYPE/accuracy with its majority as null",
-    limits={"nats": 0.05, "gain": 0.02, "error": 0.03},
+    limits={"nats": 0.05, "share": 0.05, "gain": 0.02, "error": 0.03},
 )
 def question_only(record: Record, limits: Limits) -> Iterator[Finding | NotMeasured]:
     """Answers do not need the image, or are no better than the commonest one.
 
     Seen by accuracy by question type, of questions enough to tell, beside the majority answer's; what another image
-    costs.
+    costs, alone and beside what another latent does.
     """
     early = [record.early(name) for name in record.matching("val/answer/shuffled_image_nats", "val/answer.*/accuracy")]
     swapped = record.get("val/answer/shuffled_image_nats")
     if any(early) and not (swapped is not None and swapped.value == 0):
         yield next(filter(None, early))
         return
-    if swapped is not None and swapped.value < limits["nats"]:
+    held = max((s.value for s in record.matching("val/*/shuffled_latent_nats").values()), default=0.0)
+    if swapped is not None and swapped.value < max(limits["nats"], limits["share"] * held):
         yield Finding(
             "question-only",
             "fail",

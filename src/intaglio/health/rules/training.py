@@ -107,9 +107,10 @@ def diverged(record: Record, limits: Limits) -> Iterator[Finding | NotMeasured]:
     Seen by the median of the last quarter against the best stretch of as many rows before it, in robust standard
     deviations of that stretch; a loss must also have given up a share of what it had gained, and a twentieth of what it
     was. Of a program whose terms are not known their weighed sum is judged, and it only warns where more than half of
-    the way to the null is kept, as a loss that rises while its negatives become harder. InfoNCE beside a queue is
-    judged on held-out items alone: as the encoder slows, the queue's old embeddings become harder to tell apart. A
-    prediction beside SIGReg is judged by their total: it rises where SIGReg moves embeddings apart.
+    the way to the null is kept, as a loss that rises while its negatives become harder, or where the targets are those
+    of an averaged teacher, which have more in them the better it is, unless the loss ends at its null. InfoNCE beside a
+    queue is judged on held-out items alone: as the encoder slows, the queue's old embeddings become harder to tell
+    apart. A prediction beside SIGReg is judged by their total: it rises where SIGReg moves embeddings apart.
     """
     looked = given_up = False
     queued = bool((record.config.get("loss") or {}).get("queue"))
@@ -145,13 +146,14 @@ def diverged(record: Record, limits: Limits) -> Iterator[Finding | NotMeasured]:
         least = max(limits["deviations"] * noise, limits["share_lost"] * gained, limits["least"] * abs(then))
         null = None if record.config and not record.foreign else _null(record, name)
         kept = null is not None and now < null - limits["share_lost"] * (null - then)
+        led = bool(record.facts.get("moving_targets")) and (null is None or now < null)
         if now - then > least:
             rising = s.steps[best + width - 1 :][s.values[best + width - 1 :] > then + limits["deviations"] * noise]
             step = int(rising[0]) if len(rising) else int(s.steps[-1])
             given_up = True
             yield Finding(
                 "diverged",
-                "warning" if kept else "fail",
+                "warning" if kept or led else "fail",
                 f"{name} was {then:.4g} around step {int(s.steps[best]):,} and is {now:.4g} now: it has left its past.",
                 {"best": then, "now": now, "noise": noise},
                 (
@@ -192,12 +194,16 @@ def _exploded(curves: Mapping[str, Series], record: Record, limits: Limits) -> I
 
 
 def _null(record: Record, name: str) -> float | None:
-    """The null of a loss, or of its held-out twin; of a total that of its only term."""
+    """The null of a loss, or of its held-out twin; of a total those of its terms, weighed."""
     split, term = name.split("/")[0], name.rpartition("/")[2]
-    others = {n.rpartition("/")[2] for n in record.matching("*/loss/*")} - {"total"}
-    term = next(iter(others)) if term == "total" and len(others) == 1 else term
     found = [s.null for x in (split, "val") if (s := record.get(f"{x}/loss/{term}")) is not None and s.null is not None]
-    return found[0] if found else None
+    if found or term != "total":
+        return found[0] if found else None
+    terms = {n for n in record.matching("train/loss/*", "val/loss/*") if not n.endswith("/total")}
+    nulls = {n: _null(record, n) for n in terms if n.startswith(split)} or {n: _null(record, n) for n in terms}
+    weights = {n: record.get(f"train/weight/{n.rpartition('/')[2]}") for n in nulls}
+    known = [x * (1.0 if (w := weights[n]) is None else w.value) for n, x in nulls.items() if x is not None]
+    return sum(known) if known and len(known) == len(nulls) else None
 
 
 def _lost(curves: Mapping[str, Series], record: Record) -> Iterator[Finding]:
@@ -211,10 +217,11 @@ def _lost(curves: Mapping[str, Series], record: Record) -> Iterator[Finding]:
         seen = [y for y in others if y is not None and not y.recovered and y.last >= x.first]
         null = _null(record, name)
         void = null is not None and x.at_end and x.now >= null
+        led = not void and bool(record.facts.get("moving_targets"))
         where = f"from step {x.first:,} on" if x.at_end else f"from step {x.first:,} to {x.last:,}"
         yield Finding(
             "diverged",
-            "fail" if seen or void or (not others and x.rows >= 3) else "warning",
+            "fail" if void or (not led and (seen or (not others and x.rows >= 3))) else "warning",
             f"{name} had come to {x.best:.4g} and was up to {x.peak:.4g} {where}; it ends at {x.now:.4g}"
             + (", and the held-out loss with it." if seen else "."),
             {"best": x.best, "peak": x.peak, "now": x.now, "rows": x.rows},
@@ -383,7 +390,7 @@ def _odd_course(s: Series) -> Iterator[Finding]:
     elif share[-1] > 0.3 and (change[-5:] > 0).all() and share[peak:].min() < 0.05:
         message = f"The rate had come down, and ends amid a climb, at {share[-1]:.0%} of its peak."
         severity, step = "warning", int(s.steps[-1])
-    elif peak > 0.8 * len(s) and share[0] < 0.2 and (change >= 0).all():
+    elif peak >= 0.75 * len(s) and share[0] < 0.5 and (change >= 0).all():
         message = f"The rate rises until step {int(s.steps[peak]):,}: its warm-up takes the run."
         step = int(s.steps[-1])
     if message:

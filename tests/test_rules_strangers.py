@@ -1,0 +1,89 @@
+"""What rules say of programs that are not ours, whose conventions differ: each line was a false word once."""
+
+import numpy as np
+import pytest
+from test_rules import FALLING, HEALTHY, NOISE, STEPS, UP, looks, series
+
+from intaglio.health.diagnosis import chosen
+from intaglio.health.record import Record
+from intaglio.health.rule import apply
+
+RISING = 1 - FALLING / 3
+CODES = {"val/codes/perplexity": looks(20, null=30)}
+EASY = np.where(STEPS < 60, 1.5, 3.4 - 2 * np.exp(-STEPS / 400))
+RAMP = np.minimum(1e-3, STEPS * 1e-6)
+TERMS = {"train/loss/nll": series(700 + 10 * NOISE), "train/loss/kl": series(5 + NOISE**2)}
+WEIGHTS = {"train/weight/nll": series(1e-3), "train/weight/kl": series(RAMP)}
+WARM = np.concatenate([np.linspace(0.2, 1, 60), np.linspace(1, 0.01, 40)])
+LOGGED = TERMS | WEIGHTS | {"train/loss/total": series(1e-3 * (700 + 10 * NOISE) + 1e-3 * (5 + NOISE**2))}
+APPLIED = TERMS | WEIGHTS | {"train/loss/total": series(1e-3 * (700 + 10 * NOISE) + RAMP * (5 + NOISE**2))}
+HUMP = np.where((STEPS > 180) & (STEPS < 220), 9.0, 2.0 + 0.01 * NOISE)
+
+
+def said(rule, given, facts=None):
+    return [f.severity for f in apply(chosen([rule]), Record(given, facts or {}, steps=2000)).findings]
+
+
+@pytest.mark.parametrize(
+    ("rule", "given", "facts", "expected"),
+    [
+        ("rank-collapse", {"val/z/covariance_rank": looks(1, null=1, n=512)}, {}, []),
+        ("rank-collapse", {"val/z/covariance_rank": looks(6, null=60, n=512)}, {}, []),
+        ("rank-collapse", {"val/z/covariance_rank": looks(2.5, null=60, n=512)}, {}, ["warning"]),
+        ("rank-collapse", {"val/z/covariance_rank": looks(1.1, null=60, n=512)}, {}, ["fail"]),
+        ("anisotropic", {"val/z/participation_ratio": looks(1, null=1)}, {}, []),
+        ("no-learning", {"train/loss/re": series(50 - RISING * 200, null=-300)}, {}, ["fail"]),
+        ("no-learning", {"train/loss/re": series(50 - RISING * 600, null=-300)}, {}, []),
+        ("diverged", {"train/loss/nce": series(EASY, null=7), "val/loss/nce": looks(3, null=7)}, {}, ["warning"]),
+        ("diverged", {"train/loss/total": series(UP)}, {}, ["fail"]),
+        ("diverged", {"train/loss/total": series(UP)}, {"moving_targets": ["teacher.weight"]}, ["warning"]),
+        ("diverged", {"train/loss/total": series(UP, null=2)}, {"moving_targets": ["teacher.weight"]}, ["fail"]),
+        ("diverged", {"train/loss/total": series(np.where((STEPS > 80) & (STEPS < 500), STEPS, 3.3))}, {}, ["fail"]),
+        ("spike", {"train/loss/kl": series(HUMP), "train/loss/total": series(HEALTHY)}, {}, []),
+        ("spike", {"train/loss/re": series(np.where(STEPS == 1000, -3.0, 150 - STEPS * 0.15) + 0.01 * NOISE)}, {}, []),
+        ("weight-not-applied", LOGGED, {}, ["fail"]),
+        ("weight-not-applied", APPLIED, {}, []),
+        ("kl-units", {"val/a/kl_nats": looks(3), "val/b/kl_nats": looks(2), "train/loss/kl": series(5)}, {}, []),
+        ("kl-units", {"val/a/kl_nats": looks(30), "train/loss/kld": series(0.03)}, {}, ["warning"]),
+        ("quantiser-loss-missing", CODES | {"train/loss/nll": series(HEALTHY)}, {}, []),
+        ("quantiser-loss-missing", CODES | {"train/loss/commit": series(HEALTHY)}, {}, []),
+        (
+            "quantiser-loss-missing",
+            CODES | {"train/loss/nll": series(HEALTHY), "val/codes/norm_ratio": looks(1)},
+            {},
+            ["fail"],
+        ),
+        ("temperature-stuck", {"train/gumbel/temperature": series(np.maximum(0.5, 1 - STEPS / 1000))}, {}, []),
+        ("temperature-stuck", {"train/pair/temperature": series(0.07)}, {}, ["warning"]),
+        ("queue-stale", {"train/queue/queue_agreement": looks(0.02, null=0.0)}, {}, ["fail"]),
+        ("queue-stale", {"train/queue/queue_agreement": looks(0.5, null=0.0)}, {}, ["warning"]),
+        ("split-leak", {"train/loss/kld": series(HEALTHY), "val/loss/kld": series(0.2 * HEALTHY)}, {}, []),
+        (
+            "split-leak",
+            {"val/answer/accuracy": series(0.8), "val/answer.row/accuracy": series(1.0)},
+            {},
+            [],
+        ),
+        ("question-only", {"val/answer.size/accuracy": looks(0.5, null=0.5, n=80)}, {}, []),
+        ("question-only", {"val/answer.size/accuracy": looks(0.5, null=0.5, n=800)}, {}, ["warning"]),
+        (
+            "question-only",
+            {"val/answer/shuffled_image_nats": looks(0.06), "val/latent/shuffled_latent_nats": looks(4.0)},
+            {},
+            ["fail"],
+        ),
+        ("validation-missing", {"train/loss/c": series(0.6 * RISING), "val/loss/c": looks(0.4)}, {}, []),
+        ("learning-rate-off", {"train/optimizer/rate": series(np.repeat(np.arange(1, 6), 20) / 5)}, {}, ["fail"]),
+        ("learning-rate-off", {"train/optimizer/rate": series(WARM)}, {}, []),
+        (
+            "latent-ignores-input",
+            {"val/z/varying_share": looks(5e-4), "val/z/std": looks(0.3)},
+            {},
+            ["warning"],
+        ),
+        ("latent-ignores-input", {"val/z/varying_share": looks(0), "val/z/std": looks(0)}, {}, ["fail"]),
+        ("overfitting", {"train/loss/a": series(FALLING**3), "val/loss/a": looks(1.0, null=9.0)}, {}, ["warning"]),
+    ],
+)
+def test_what_is_right_for_its_kind_of_program_is_not_accused(rule, given, facts, expected):
+    assert said(rule, given, facts) == expected
