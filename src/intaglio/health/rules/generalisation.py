@@ -60,7 +60,8 @@ def no_learning(record: Record, limits: Limits) -> Iterator[Finding | NotMeasure
         late = s.values[-max(1, len(s) // 4) :] if len(s) >= FEWEST and name.startswith("train/") else s.values[-1:]
         value = float(np.median(late))  # of single batches one alone says little
         gone = s.null - 10 * limits["share"] * abs(s.null)
-        if len(s) >= 4 * FEWEST and float(rolling_median(s.values, FEWEST).min()) < gone:
+        never = held_out is not None and held_out.null and float(held_out.values.min()) >= held_out.null
+        if len(s) >= 4 * FEWEST and not never and float(rolling_median(s.values, FEWEST).min()) < gone:
             continue  # it had learnt, and has lost it: see diverged
         size = s.null if s.null > 0 else max(float(s.values[0]) - s.null, 0.0)  # densities have losses below 0
         least = s.null - limits["share"] * size

@@ -35,14 +35,15 @@ def ema_lag(record: Record, limits: Limits) -> Iterator[Finding | NotMeasured]:
     Seen by how far it has moved from the start beside the live weights, and by its held-out loss beside theirs.
     """
     moved, loss, buffers = (record.get(f"val/ema/{name}") for name in ("moved", "loss", "averaged_buffers"))
-    if moved is not None and moved.value < limits["still"]:
+    stands = loss is not None and len(loss) > 2 and np.ptp(loss.values) == 0 < np.ptp(loss.nulls)
+    if stands or (moved is not None and moved.value < limits["still"]):
         yield Finding(
             "ema-lag",
             "fail",
             "The average of the weights has not moved since the start: it is not stepped.",
-            {"moved": moved.value},
+            {} if moved is None else {"moved": moved.value},
             remedies("step the average after every optimizer step"),
-            step=int(moved.steps[-1]),
+            step=record.last_step,
         )
         return
     for s in (moved, loss):

@@ -175,6 +175,7 @@ FAMILY = Family(
             "The half is missing, so latents are drawn at σ² and charged at σ.",
             ("temperature-misstates-rate",),
             changes=(Change("std = torch.exp(0.5 * logvar)", "std = torch.exp(logvar)"),),
+            minor=True,
         ),
         Fault(
             "encoder-without-the-picture",
