@@ -357,6 +357,7 @@ FAMILY = Family(
             "Two dozen pictures are all there is to train on, and each is seen eight hundred times.",
             ("memorised", "overfitting"),
             options={"items": 24, "size": 24, "steps": 800, "guidance": 1.0},
+            case="D memorised",
         ),
         Fault(
             "average-never-stepped",
