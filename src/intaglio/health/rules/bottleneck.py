@@ -19,7 +19,7 @@ KL_TERMS = tuple(
 
 @rule(
     id="posterior-collapse",
-    follows=("diverged",),
+    follows=("diverged", "dead-parameters"),
     source="Bowman et al. 2016; He et al. 2019",
     needs=("val/*/kl_nats", *KL_TERMS),
     log="KL(q(z|x) || N(0, I)) per item, raw, as val/SITE/kl_nats",

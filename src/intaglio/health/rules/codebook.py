@@ -33,26 +33,28 @@ TERMS = tuple(f"train/loss/*{word}*" for word in QUANTISER)
     case="J: 10.9 %",
     needs=(*PERPLEXITY, *USAGE),
     log="the codes' perplexity as val/vq/perplexity with that of uniform codes as its null",
-    limits={"fail": 0.1, "warning": 0.3, "few": 2.0, "kept": 0.1},
+    limits={"fail": 0.1, "warning": 0.3, "foreign": 0.5, "few": 2.0, "kept": 0.1},
 )
 def codebook_collapse(record: Record, limits: Limits) -> Iterator[Finding | NotMeasured]:
     """Few codes are used.
 
     Seen by perplexity of the codes over that of uniform codes at the same token count; the share of codes in use. Where
-    the number of codes is not known: by a perplexity of one or two, or one that fell to a tenth of its highest.
+    the number of codes is not known: by a perplexity of one or two, or one that fell to a tenth of its highest. What
+    another program's data need is not known, so its limits are half of ours.
     """
     if record.foreign:
         yield from _few_codes(record, limits)
         return
+    factor = 1.0 if record.config else limits["foreign"]
     for name, s in record.matching(*PERPLEXITY).items():
         if s.null is None:
             yield NotMeasured(f"{name} has no null: log the number of codes and of tokens that it rests on")
         elif early := record.early(name):
             yield early
-        elif s.value < limits["warning"] * s.null:
+        elif s.value < limits["warning"] * factor * s.null:
             yield Finding(
                 "codebook-collapse",
-                "fail" if s.value < limits["fail"] * s.null else "warning",
+                "fail" if s.value < limits["fail"] * factor * s.null else "warning",
                 f"The codes of {name.split('/')[1]} are used as if there were {s.value:.0f}; uniform codes would reach "
                 f"{s.null:.0f} on as many tokens.",
                 {"perplexity": s.value, "null": s.null},

@@ -35,7 +35,7 @@ def _end(record: Record, name: str, end: str) -> float:
 
 @rule(
     id="condition-ignored",
-    follows=("diverged",),
+    follows=("diverged", "dead-parameters"),
     concerns=("diffusion",),
     source="intervene, don’t only watch; Ho & Salimans 2022",
     case="D: CLIP table loaded after the model was built",

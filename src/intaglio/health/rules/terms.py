@@ -7,6 +7,7 @@ import numpy as np
 from intaglio.health.finding import Finding, Remedy
 from intaglio.health.record import Record
 from intaglio.health.rule import Limits, Rule, rule
+from intaglio.health.rules import course
 from intaglio.health.rules.training import BESIDE, FEWEST, LOOKS, QUANTISER
 from intaglio.history import NotMeasured, Series
 
@@ -63,13 +64,16 @@ def term_dominates(record: Record, limits: Limits) -> Iterator[Finding]:
     Seen by its share of the summed gradient norms, weights applied, and its cosine with the sum of the others, on the
     parameters that they share; an equal share is 1 / number of terms. A term that stands beside the objective, as one
     of relations, invariance or codes, or a KL, is to stay below it, so that one objective among such terms alone is not
-    judged. Nor is what is left when the others have come close to 0 beside their nulls on held-out items.
+    judged. Nor is what is left when the others have come close to 0 beside their nulls on held-out items, or in another
+    program when all of them fall all the same.
     """
     shares = record.matching("train/term.*/gradient_share")
     rivals = [name for name in shares if not any(word in name for word in ("kl", *ASIDE))]
     for name, s in shares.items():
         others = [other for other in rivals if other != name]
         done = bool(others) and all(_done(record, other, limits["done"]) for other in others)
+        if not record.config and any(others):
+            done |= all(_learns(record, other) for other in others)
         if len(shares) < 2 or [name] == rivals or done:
             continue
         term, late = name.split("/")[1].removeprefix("term."), s.values[len(s) // 2 :]
@@ -212,6 +216,13 @@ def _ended_early(record: Record, moving: dict[str, Series]) -> Iterator[Finding 
                     (Remedy("let looks count towards an early stop from the end of the ramp on"),),
                     step=record.last_step,
                 )
+
+
+def _learns(record: Record, name: str) -> bool:
+    """Whether the loss of a term has fallen, on held-out items where they are known."""
+    term = name.split("/")[1].removeprefix("term.")
+    found = [s for split in ("val", "train") if (s := record.get(f"{split}/loss/{term}")) is not None]
+    return bool(found) and course.improved(course.finite(found[0]))
 
 
 def _done(record: Record, name: str, share: float) -> bool:

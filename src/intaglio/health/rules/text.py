@@ -10,7 +10,7 @@ from intaglio.history import NotMeasured
 
 @rule(
     id="decoder-ignores-latent",
-    follows=("diverged",),
+    follows=("diverged", "dead-parameters"),
     source="Bowman et al. 2016; intervene, don’t only watch",
     case="E: exactly 0",
     needs=("val/*/shuffled_latent_nats",),
@@ -137,6 +137,7 @@ def vocabulary_unreachable(record: Record, limits: Limits) -> Iterator[Finding]:
 
 @rule(
     id="free-running-gap",
+    follows=("dead-parameters",),
     source="Ranzato et al. 2016; Bengio et al. 2015",
     case="V",
     needs=("val/*/object_forced", "val/*/accuracy_forced"),
@@ -168,7 +169,7 @@ def free_running_gap(record: Record, limits: Limits) -> Iterator[Finding | NotMe
 
 @rule(
     id="question-only",
-    follows=("diverged",),
+    follows=("diverged", "dead-parameters"),
     concerns=("vqa",),
     source="Goyal et al. 2017",
     case="V",
