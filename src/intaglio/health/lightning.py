@@ -2,7 +2,7 @@
 
     Trainer(callbacks=[MonitorCallback("runs/mine", taps={"latent": "encoder"}, probe=held_out_images)])
 
-Losses are what ``training_step`` returns; held-out numbers are what validation logs.
+Losses are what ``training_step`` returns; held-out numbers are what validation logs under a name with ``val`` in it.
 """
 
 from collections.abc import Callable, Mapping
@@ -26,7 +26,7 @@ class MonitorCallback(L.Callback):
         terms: the terms of the loss that ``training_step`` just gave, of the module, as ``lambda m: m.terms``: a value
             with its weight by name. With them their gradients are measured, and the weights that were applied.
         facts: what audits found before training, as ``{"leaks": {"the same picture": 12}}``.
-        more: other arguments of ``Monitor``.
+        more: other arguments of ``Monitor``, but for ``steps``, ``start`` and ``scaled``, which the trainer knows.
 
     Works with automatic optimization; of several optimizers the first is watched, and on several processes the first
     process watches.

@@ -189,7 +189,8 @@ def question_only(record: Record, limits: Limits) -> Iterator[Finding | NotMeasu
         yield next(filter(None, early))
         return
     held = max((s.value for s in record.matching("val/*/shuffled_latent_nats").values()), default=0.0)
-    if swapped is not None and swapped.value < max(limits["nats"], limits["share"] * held):
+    unseen = swapped is not None and swapped.value < max(limits["nats"], limits["share"] * held)
+    if swapped is not None and unseen:
         yield Finding(
             "question-only",
             "fail",
@@ -200,8 +201,10 @@ def question_only(record: Record, limits: Limits) -> Iterator[Finding | NotMeasu
             step=int(swapped.steps[-1]),
         )
     for name, s in record.matching("val/answer.*/accuracy").items():
-        if s.null is None or (s.n and (s.null * (1 - s.null) / s.n) ** 0.5 > limits["error"]):
+        if s.null is None:
             continue
+        if not unseen and s.n and (s.null * (1 - s.null) / s.n) ** 0.5 > limits["error"]:
+            continue  # too few questions of this kind to tell
         if s.value < s.null + limits["gain"]:
             kind = name.split("/")[1].removeprefix("answer.")
             yield Finding(
