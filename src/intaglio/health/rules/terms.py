@@ -64,15 +64,15 @@ def term_dominates(record: Record, limits: Limits) -> Iterator[Finding]:
     Seen by its share of the summed gradient norms, weights applied, and its cosine with the sum of the others, on the
     parameters that they share; an equal share is 1 / number of terms. A term that stands beside the objective, as one
     of relations, invariance or codes, or a KL, is to stay below it, so that one objective among such terms alone is not
-    judged. Nor is what is left when the others have come close to 0 beside their nulls on held-out items, or in another
-    program when all of them fall all the same.
+    judged. Nor is what is left when the others have come close to 0 beside their nulls on held-out items, or an objective
+    of another program when all others fall all the same.
     """
     shares = record.matching("train/term.*/gradient_share")
     rivals = [name for name in shares if not any(word in name for word in ("kl", *ASIDE))]
     for name, s in shares.items():
         others = [other for other in rivals if other != name]
         done = bool(others) and all(_done(record, other, limits["done"]) for other in others)
-        if not record.config and any(others):
+        if not record.config and others and not any(word in name for word in ("kl", *ASIDE)):
             done |= all(_learns(record, other) for other in others)
         if len(shares) < 2 or [name] == rivals or done:
             continue
