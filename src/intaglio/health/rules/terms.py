@@ -64,8 +64,8 @@ def term_dominates(record: Record, limits: Limits) -> Iterator[Finding]:
     Seen by its share of the summed gradient norms, weights applied, and its cosine with the sum of the others, on the
     parameters that they share; an equal share is 1 / number of terms. A term that stands beside the objective, as one
     of relations, invariance or codes, or a KL, is to stay below it, so that one objective among such terms alone is not
-    judged. Nor is what is left when the others have come close to 0 beside their nulls on held-out items, or an objective
-    of another program when all others fall all the same.
+    judged. Nor is what is left when the others have come close to 0 beside their nulls on held-out items, or another
+    program's objective when all others fall all the same.
     """
     shares = record.matching("train/term.*/gradient_share")
     rivals = [name for name in shares if not any(word in name for word in ("kl", *ASIDE))]
