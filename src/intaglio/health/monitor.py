@@ -224,10 +224,10 @@ class Monitor:
             yield
             return
         found: dict[str, Any] = {}
+        dropping = {name for name, m in self.model.named_modules() if audits.drops(m)}
         with audits.around_validation(self.model, found), audits.called_in_training_mode(self.model) as called:
             yield
-        modules, changed = dict(self.model.named_modules()), bool(found["changed_by_validation"])
-        found["training_in_validation"] = sorted(n for n in called if changed or audits.drops(modules[n]))
+        found["training_in_validation"] = sorted(called if found["changed_by_validation"] else called & dropping)
         for name, now in found.items():
             self.facts[name] = list(dict.fromkeys([*self.facts.get(name, ()), *now]))
         self._write_facts()
@@ -255,6 +255,7 @@ class Monitor:
         """The last verdict; closes the history."""
         if self._audited:
             self._tell_dead(over=True)
+        self.leftovers.end()
         self._write_facts()
         diagnosis = self.judge()
         self.history.close()

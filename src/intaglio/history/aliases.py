@@ -44,6 +44,13 @@ _LOSSES = {
         "discriminator": "discriminator, disc, d, critic, dis",
     }.items()
 }
+
+
+def names_of(term: str) -> tuple[str, ...]:
+    """What the term of a loss is called, as the key of a dictionary: of ``kl`` also ``kld`` and ``kl_div``."""
+    return tuple(name.replace(" ", "_") for name in _LOSSES[term])
+
+
 _ALONE = vocabulary("q d g gen dis critic clip embedding embed emb codebook quant pixel l1 l2 total cost vae rec")
 _LOOSE = vocabulary(
     "vae model avg average mean step epoch batch iter running smoothed smooth error term metrics metric"

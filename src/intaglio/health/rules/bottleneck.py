@@ -10,10 +10,9 @@ from intaglio.health.rule import Limits, Rule, rule
 from intaglio.health.rules.course import finite
 from intaglio.health.rules.training import FEWEST, rolling_median
 from intaglio.history import NotMeasured
+from intaglio.history.aliases import names_of
 
-KL_TERMS = tuple(
-    f"{split}/loss/{name}" for split in ("train", "val") for name in ("kl", "kld", "kl_loss", "kl_div", "kl_divergence")
-)
+KL_TERMS = tuple(f"{split}/loss/{name}" for split in ("train", "val") for name in (*names_of("kl"), "kl_loss"))
 """Names that a KL term goes by."""
 
 

@@ -10,6 +10,7 @@ from intaglio.health.rule import Limits, Rule, rule
 from intaglio.health.rules.course import finite
 from intaglio.health.rules.training import ADVERSARIAL, FEWEST, QUANTISER, rolling_median
 from intaglio.history import NotMeasured
+from intaglio.history.aliases import names_of
 
 SITES = ("codes*", "*vq*", "*codebook*", "*quanti*")
 """Sites of codes, and not of words."""
@@ -19,7 +20,7 @@ PERPLEXITY, USAGE = (tuple(f"*/{site}/{what}" for site in SITES) for what in ("p
 AS_VECTORS = ("*/*/norm_ratio", "*/*/updates_per_step", "*/*/revival_threshold")
 """What is measured of codes that stand among the vectors that they quantise."""
 
-TARGETS = ("total", "reconstruction", "recon", "rec", "nll", "mse", "l1", "l2", "bce", "image", "perceptual", "lpips")
+TARGETS = ("total", *names_of("reconstruction"), "image", "perceptual", "lpips")
 """Names of terms that cannot be the quantiser's."""
 
 TERMS = tuple(f"train/loss/*{word}*" for word in QUANTISER)
