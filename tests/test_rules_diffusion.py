@@ -110,6 +110,11 @@ CASES = [
         [],
     ),
     (
+        "high-noise-starved",  # never trained, whatever carries over from its neighbours
+        {"train/log_snr.-3/weight": looks(0.0, 0.25), "val/log_snr.-3/loss": looks(0.8, 1.1)},
+        ["fail"],
+    ),
+    (
         "high-noise-starved",  # t drawn by a logit-normal
         {"train/log_snr.-7/weight": looks(0.0012, 0.1), "val/log_snr.-7/loss": looks(0.2, 0.2)},
         ["warning"],
@@ -155,6 +160,12 @@ def test_both_branches_of_guidance_are_trained(drop, guidance, due):
         assert [f.severity for f in findings] == expected
     strangers = Record(series | {"train/condition/dropped_share": looks(drop)}, steps=2000)
     assert [f.severity for f in apply([BY_ID["null-mismatch"]], strangers).findings] == due
+
+
+def test_conditions_that_are_dropped_in_the_beginning_alone_are_not_dropped():
+    series = {"val/guidance/used": looks(3), "train/condition/dropped_share": looks(np.arange(10) < 2)}
+    found = apply([BY_ID["null-mismatch"]], Record(series, steps=2000)).findings
+    assert [f.severity for f in found] == ["fail"]
 
 
 def test_every_rule_is_tested_here():

@@ -18,6 +18,8 @@ WARM = np.concatenate([np.linspace(0.2, 1, 60), np.linspace(1, 0.01, 40)])
 LOGGED = TERMS | WEIGHTS | {"train/loss/total": series(1e-3 * (700 + 10 * NOISE) + 1e-3 * (5 + NOISE**2))}
 APPLIED = TERMS | WEIGHTS | {"train/loss/total": series(1e-3 * (700 + 10 * NOISE) + RAMP * (5 + NOISE**2))}
 HUMP = np.where((STEPS > 180) & (STEPS < 220), 9.0, 2.0 + 0.01 * NOISE)
+FALLEN = 3 * (1 - np.exp(-STEPS / 300))
+TURNED = np.array([-1.0, -1.8, -2.0, -1.9, -1.8, -1.6, -1.4, -1.2, -1.0, -0.9])
 
 
 def said(rule, given, facts=None):
@@ -83,7 +85,28 @@ def said(rule, given, facts=None):
         ),
         ("latent-ignores-input", {"val/z/varying_share": looks(0), "val/z/std": looks(0)}, {}, ["fail"]),
         ("overfitting", {"train/loss/a": series(FALLING**3), "val/loss/a": looks(1.0, null=9.0)}, {}, ["warning"]),
+        ("overfitting", {"train/loss/a": series(-FALLEN), "val/loss/a": looks(TURNED, null=-1)}, {}, ["fail"]),
+        (
+            "overfitting",
+            {"train/text/nats_per_token": looks(0.1), "val/text/nats_per_token": looks(0.7, null=1.0)},
+            {},
+            ["fail"],
+        ),
     ],
 )
 def test_what_is_right_for_its_kind_of_program_is_not_accused(rule, given, facts, expected):
     assert said(rule, given, facts) == expected
+
+
+def test_the_cause_of_a_cause_is_as_grave_as_what_follows_in_the_end():
+    given = {
+        "train/loss/a": series(HEALTHY),
+        "val/caption/accuracy_forced": looks(0.9),
+        "val/caption/accuracy": looks(0.6),
+        "val/prior/object": looks(0.1, null=0.1),
+        "val/posterior/object": looks(0.9, null=0.1),
+    }
+    rules = chosen(["prior-mismatch", "free-running-gap", "dead-parameters"])
+    found = apply(rules, Record(given, {"dead_parameters": {"encoder": 10}, "parameters": 10_000}, steps=2000)).findings
+    assert [f.rule for f in found] == ["dead-parameters", "free-running-gap", "prior-mismatch"]
+    assert {f.severity for f in found} == {"fail"}

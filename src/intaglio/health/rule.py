@@ -132,18 +132,19 @@ def _causes_first(findings: Iterable[Finding], rules: Iterable[Rule]) -> tuple[F
     def loud(f: Finding) -> int:
         return SEVERITIES.index(f.severity)
 
-    grave: dict[str, Finding] = {}
-    for f in sorted(findings, key=loud):
-        for cause in known[f.rule].follows:
-            grave.setdefault(cause, f)
-    raised = [
-        replace(
-            f, severity=grave[f.rule].severity, message=f"{f.message} It is known to bring about {grave[f.rule].rule}."
-        )
-        if f.rule in grave and f.severity == "warning" and not known[f.rule].symptom and loud(grave[f.rule]) < loud(f)
-        else f
-        for f in findings
-    ]
+    def as_grave(f: Finding, brought: Finding) -> Finding:
+        if f.severity != "warning" or loud(brought) >= loud(f):
+            return f
+        return replace(f, severity=brought.severity, message=f"{f.message} It is known to bring about {brought.rule}.")
+
+    raised, before = list(findings), None
+    while raised != before:  # the cause of a cause is as grave, too
+        before = raised
+        grave: dict[str, Finding] = {}
+        for f in sorted(raised, key=loud):
+            for cause in known[f.rule].follows:
+                grave.setdefault(cause, f)
+        raised = [as_grave(f, grave[f.rule]) if f.rule in grave and not known[f.rule].symptom else f for f in raised]
     raised.sort(key=lambda f: (loud(f), known[f.rule].symptom))
     told: list[Finding] = []
 

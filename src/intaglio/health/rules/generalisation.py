@@ -240,9 +240,10 @@ def overfitting(record: Record, limits: Limits) -> Iterator[Finding | NotMeasure
         gain, held_out_gain = val.null - train.value, val.null - val.value
         if gain > limits["learnt"] * val.null and held_out_gain < limits["kept"] * gain:
             worse = held_out_gain <= 0
+            apart = val.value - train.value > limits["worse"] * val.null
             yield Finding(
                 "overfitting",
-                "fail" if worse else "warning",
+                "fail" if worse or apart else "warning",
                 f"The model memorises: {name.removeprefix('train/')} is {train.value:.2f} on training items and "
                 f"{val.value:.2f} on held-out ones, {'no better than' if worse else 'hardly better than'} a bigram "
                 f"model's {val.null:.2f}.",
@@ -347,7 +348,8 @@ def _turned(name: str, train: Series, val: Series, limits: Limits, record: Recor
     if best < len(val) - 3 and rise > 4 * noise and rise > limits["worse"] * gained and falls:
         now, far = float(np.median(val.values[-width:])), float(np.median(train.values[-max(1, len(train) // 10) :]))
         worse = now > limits["lost"] * float(smooth.min()) > 0 and now > limits["apart"] * far
-        gone = rise > gained or (worse and _worse_accuracy(record) is not False)
+        void = val.null is not None and smooth.min() < val.null <= val.value
+        gone = rise > gained or void or (worse and _worse_accuracy(record) is not False)
         yield Finding(
             "overfitting",
             "fail" if gone and not _carried(far, now, val.null, limits) else "warning",

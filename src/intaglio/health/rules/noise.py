@@ -91,13 +91,18 @@ def ema_lag(record: Record, limits: Limits) -> Iterator[Finding | NotMeasured]:
 def null_mismatch(record: Record, limits: Limits) -> Iterator[Finding]:
     """Guidance compares two branches, and one of them was hardly trained, or never.
 
-    Seen by the share of conditions that were dropped in training, beside the weight that samples are drawn with.
+    Seen by the share of conditions that were dropped in the later half of training, beside the weight that samples
+    are drawn with.
     """
     told, used = record.config.get("condition") or {}, record.get("val/guidance/used")
     measured = record.get("train/condition/dropped_share")
     if (told.get("by", "none") == "none" and measured is None) or (used is None and measured is None):
         return
-    drop = float(told["drop"]) if "drop" in told or measured is None else float(np.mean(measured.values))
+    drop = (
+        float(told["drop"])
+        if "drop" in told or measured is None
+        else float(np.mean(measured.values[len(measured) // 2 :]))
+    )
     weight = 1.0 if used is None else used.value
     evidence = {"drop": drop, "guidance": weight}
     again = remedies("drop the condition of 10 to 20 % of the items: --condition.drop 0.15")
@@ -151,24 +156,27 @@ def schedule_mismatch(record: Record, limits: Limits) -> Iterator[Finding]:
     case="D: weight .0068",
     needs=("train/log_snr.*/weight",),
     log="each bin's share of weight times frequency as train/log_snr.B/weight, an even share as null",
-    limits={"share": 0.05, "fail": 0.01, "learnt": 0.02},
+    limits={"share": 0.05, "fail": 0.01, "learnt": 0.02, "none": 1e-3},
 )
 def high_noise_starved(record: Record, limits: Limits) -> Iterator[Finding]:
     """The weighting of the loss, or the choice of t, leaves some bins of log-SNR untrained.
 
     Seen by the bin's share beside an even one, where the held-out loss in it is no better than its null. It fails where
-    noise outweighs the signal and a hundredth of an even share is left: below, the noisy image is nearly the image, and
-    only fine detail is lost; a logit-normal choice of t (Esser et al. 2024) leaves the ends a little more.
+    noise outweighs the signal and a hundredth of an even share is left, or, whatever carries over from other bins,
+    nothing: below, the noisy image is nearly the image, and only fine detail is lost; a logit-normal choice of t (Esser
+    et al. 2024) leaves the ends a little more.
     """
     starved, untaught = {}, False
     for name, s in record.matching("train/log_snr.*/weight").items():
         centre = name.split("/")[1].partition(".")[2]
         loss = record.get(f"val/log_snr.{centre}/loss")
         learnt = loss is not None and loss.null is not None and loss.value < (1 - limits["learnt"]) * loss.null
-        if s.null and s.value < limits["share"] * s.null and not learnt:
+        dark = float(centre) < 0
+        never = dark and bool(s.null) and s.value < limits["none"] * (s.null or 0)
+        if s.null and s.value < limits["share"] * s.null and (never or not learnt):
             starved[float(centre)] = s.value / s.null
-            dark = float(centre) < 0 and s.value < limits["fail"] * s.null
-            untaught |= dark and loss is not None and loss.null is not None and record.settled(loss)
+            told = loss is not None and loss.null is not None and record.settled(loss)
+            untaught |= dark and s.value < limits["fail"] * s.null and told
     if starved:
         worst = min(starved, key=lambda b: starved[b])
         yield Finding(

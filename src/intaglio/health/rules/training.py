@@ -302,8 +302,8 @@ def learning_rate_off(record: Record, limits: Limits) -> Iterator[Finding | NotM
 
     Seen by each logged rate, which is read from the optimizer, against the configured schedule at that optimizer step,
     times the factor of its part where it has one. Where none is configured: a rate of 0, and, in a run of its full
-    length, a course that ends amid its fall or its warm-up, is at its floor for most of the run, or is warmed up again
-    and again.
+    length, a course that ends amid its fall or its warm-up, is next to nothing or at its floor for much of the run, or
+    is warmed up again and again.
     """
     optim, logged = record.config.get("optim"), record.matching(*RATES)
     if optim is None or record.steps is None:
@@ -362,6 +362,10 @@ def _no_rate(s: Series) -> Iterator[Finding]:
         )
 
 
+NEXT_TO_NOTHING = 0.01
+"""Share of its peak below which a rate moves hardly anything."""
+
+
 def _odd_course(s: Series) -> Iterator[Finding]:
     """A rate whose course, seen whole, is that of a schedule for another number of steps."""
     if len(s) < 2 * FEWEST or s.values.max() <= 0:
@@ -371,19 +375,27 @@ def _odd_course(s: Series) -> Iterator[Finding]:
     change = np.diff(share)
     at_once = np.flatnonzero((change < -0.5 * share[:-1]) & (share[:-1] > 0.3))
     anew = [k for k in at_once if share[k + 1 :][:10].max() > 2 * share[k + 1]]
+    over = int(np.flatnonzero(share >= NEXT_TO_NOTHING)[-1]) + 1
+    early = at_once[(at_once < len(s) // 10) & (share[-1] < 0.2)]
     after, falls = share[peak:], -np.diff(share[peak:])
     message = ""
     severity: Severity = "fail"
     if len(anew) >= 2:
         message = f"The rate falls at once and climbs again {len(anew)} times: it is warmed up anew."
         step = int(s.steps[anew[0] + 1])
+    elif len(s) - over > 0.4 * len(s):
+        step = int(s.steps[over])
+        message = f"From step {step:,} on the rate is less than a hundredth of its peak: hardly anything is learnt."
+    elif len(early) and share[early[0] + 1 :].max() < 0.2:
+        step = int(s.steps[early[0] + 1])
+        message = f"By step {step:,} the rate has fallen at once to {share[early[0] + 1]:.0%} of its peak, for good."
     elif len(after) >= FEWEST and (falls >= -1e-9).all() and after[-1] < 0.99:
         gradual = int((falls > 1e-9).sum()) >= 5
         flat = int(np.flatnonzero(after > 1.01 * after[-1])[-1]) + 1
         late = falls[-max(3, len(falls) // 10) :].mean()
         if gradual and len(after) - flat > 0.6 * len(share):
             message = f"The rate has reached its floor at step {int(s.steps[peak + flat]):,}, and stays there."
-            severity = "warning"
+            severity = "fail" if after[-1] < 0.3 else "warning"
         elif gradual and after[-1] > 0.3 and late > 0.8 * falls.mean():
             message = f"The rate ends at {after[-1]:.0%} of its peak, and still falls as fast as ever."
         step = int(s.steps[-1])
