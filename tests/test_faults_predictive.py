@@ -131,7 +131,7 @@ HEALTHY = [
 ]
 
 FAULTS = [
-    (JEPA, {"partners": "strangers"}, "near-chance", "fail", "guessing costs 6.238: nothing is told apart"),
+    (JEPA, {"partners": "strangers"}, "near-chance", "fail", "guessing costs 6.238: next to nothing is told apart"),
     (JEPA, {"context": "one frame thrice"}, "context-order-inert", "fail", "costs context nothing (0): it sees one"),
     (JEPA, {"order": "averaged away"}, "context-order-inert", "warning", "The order of its context frames costs"),
     (JEPA, {"least": 0.2}, "temperature-stuck", "warning", "train/pair/temperature lies at its clamp of 0.2"),

@@ -19,7 +19,7 @@ from intaglio.history import NotMeasured
     case="J: 7.98 of 9.07",
     needs=("val/loss/contrastive", "val/loss/infonce", "val/contrastive/loss", "val/contrastive/top1"),
     log="the held-out contrastive loss with ln N as its null",
-    limits={"share": 0.15},
+    limits={"share": 0.15, "fail": 0.075},
 )
 def near_chance(record: Record, limits: Limits) -> Iterator[Finding | NotMeasured]:
     """The contrastive loss is close to that of guessing.
@@ -32,13 +32,13 @@ def near_chance(record: Record, limits: Limits) -> Iterator[Finding | NotMeasure
             continue
         gained = (s.null - s.value) / s.null
         if gained < limits["share"] and record.settled(s):
-            nothing = gained < limits["share"] / 5
+            nothing = gained < limits["fail"]
             heavier = () if name.endswith("infonce") else ("raise --loss.contrastive",)
             yield Finding(
                 "near-chance",
                 "fail" if nothing else "warning",
                 f"{name} is {s.value:.3f} nats; guessing costs {s.null:.3f}"
-                + (": nothing is told apart." if nothing else f", so {gained:.0%} has been learnt."),
+                + (": next to nothing is told apart." if nothing else f", so {gained:.0%} has been learnt."),
                 {"loss": s.value, "null": s.null},
                 remedies("train longer: --train.steps", *heavier, "a larger --train.batch_size", wait=1000),
                 candidates=("the pair is trivial or unrelated: exchange partners", "the temperature is stuck"),
