@@ -20,6 +20,8 @@ APPLIED = TERMS | WEIGHTS | {"train/loss/total": series(1e-3 * (700 + 10 * NOISE
 HUMP = np.where((STEPS > 180) & (STEPS < 220), 9.0, 2.0 + 0.01 * NOISE)
 FALLEN = 3 * (1 - np.exp(-STEPS / 300))
 TURNED = np.array([-1.0, -1.8, -2.0, -1.9, -1.8, -1.6, -1.4, -1.2, -1.0, -0.9])
+STEEPER = np.array([2.0, 1.2, 0.8, 0.8, 0.9, 1.2, 1.3, 1.4, 1.5, 1.6])
+HARDER = np.where(STEPS < 800, 2.0 * np.exp(-STEPS / 300), 1.6 - STEPS / 4000)  # as where a ramp begins
 
 
 def said(rule, given, facts=None):
@@ -88,6 +90,8 @@ def said(rule, given, facts=None):
         ("latent-ignores-input", {"val/z/varying_share": looks(0), "val/z/std": looks(0)}, {}, ["fail"]),
         ("overfitting", {"train/loss/a": series(FALLING**3), "val/loss/a": looks(1.0, null=9.0)}, {}, ["warning"]),
         ("overfitting", {"train/loss/a": series(-FALLEN), "val/loss/a": looks(TURNED, null=-1)}, {}, ["fail"]),
+        ("overfitting", {"train/loss/a": series(HARDER), "val/loss/a": looks(STEEPER, null=9.0)}, {}, []),
+        ("overfitting", {"train/loss/a": series(FALLING**3), "val/loss/a": looks(STEEPER, null=3.0)}, {}, ["fail"]),
         (
             "overfitting",
             {"train/text/nats_per_token": looks(0.1), "val/text/nats_per_token": looks(0.7, null=1.0)},

@@ -219,6 +219,7 @@ def _constants(record: Record, name: str, s: Series) -> dict[str, float]:
         "worse": 0.1,
         "lost": 1.25,
         "apart": 1.5,
+        "given_up": 0.2,
         "gap_warning": 2.0,
         "gap_fail": 3.0,
     },
@@ -227,7 +228,8 @@ def overfitting(record: Record, limits: Limits) -> Iterator[Finding | NotMeasure
     """The gain over the null on training items does not carry over to held-out items.
 
     Seen by the same quantity of the same weights in the same mode, on training and on held-out items, beside the null:
-    it fails where less than half of the gain is left.
+    it fails where less than half of the gain is left, or a fifth of what held-out items had was given up again while
+    training's loss went on falling.
     """
     pairs = {n: (s, record.get("val" + n.removeprefix("train"))) for n, s in record.matching("train/*/*").items()}
     judged = [n for n in pairs if not any(word in n for word in ASIDE)]
@@ -341,18 +343,26 @@ def _turned(name: str, train: Series, val: Series, limits: Limits, record: Recor
     width = max(3, 2 * (len(val) // 80) + 1)
     smooth = rolling_median(val.values, width)
     noise = mad(val.values - smooth) + 1e-9
-    rise, gained = float(smooth[-1] - smooth.min()), float(val.values[0] - val.values.min())
+    low = float(smooth.min())
+    rise, gained = float(smooth[-1]) - low, float(val.values[0] - val.values.min())
     since = train.after(int(val.steps[best]))
     third = len(since) // 3
     falls = third > 0 and float(np.median(since.values[-third:])) < float(np.median(since.values[:third]))
+    then = float(np.median(train.values[np.abs(train.steps - val.steps[best]).argsort()[:5]]))
+    far = float(np.median(train.values[-max(1, len(train) // 10) :]))
+    falls &= far < then  # else something has made it harder, as a ramp, and it has not learnt by heart
     if best < len(val) - 3 and rise > 4 * noise and rise > limits["worse"] * gained and falls:
-        now, far = float(np.median(val.values[-width:])), float(np.median(train.values[-max(1, len(train) // 10) :]))
-        worse = now > limits["lost"] * float(smooth.min()) > 0 and now > limits["apart"] * far
-        void = val.null is not None and smooth.min() < val.null <= val.value
-        gone = rise > gained or void or (worse and _worse_accuracy(record) is not False)
+        now = float(np.median(val.values[-width:]))
+        right = _worse_accuracy(record) is False
+        worse = now > limits["lost"] * low > 0 and now > limits["apart"] * far
+        gone = (rise > gained or (worse and not right)) and not _carried(far, now, val.null, limits)
+        if val.null is not None and low < val.null:
+            apart = now > limits["apart"] * far or now < 0
+            gone |= val.value >= val.null
+            gone |= apart and not right and rise > limits["given_up"] * (val.null - low)
         yield Finding(
             "overfitting",
-            "fail" if gone and not _carried(far, now, val.null, limits) else "warning",
+            "fail" if gone else "warning",
             f"{name.replace('train/', 'val/', 1)} was best at step {int(val.steps[best]):,} ({val.values[best]:.4g}) "
             f"and is {val.value:.4g} now, while training's goes on falling.",
             {"best": float(val.values[best]), "now": val.value},
