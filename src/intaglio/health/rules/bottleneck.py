@@ -242,7 +242,8 @@ def kl_units(record: Record, limits: Limits) -> Iterator[Finding | NotMeasured]:
     source="Alemi et al. 2018, eq. 3",
     case="V: samples at .6 σ, KL for σ",
     needs=("*/*/noise_ratio",),
-    log="(z − μ)/σ of the latents that the decoder is given, beside the σ that KL is charged for",
+    log="the root mean square of (z − μ)/σ of the latents that the decoder is given in training, as "
+    "train/SITE/noise_ratio",
     limits={"off": 0.1},
 )
 def temperature_misstates_rate(record: Record, limits: Limits) -> Iterator[Finding]:
