@@ -37,6 +37,7 @@ def said(rule, given, facts=None):
         ("rank-collapse", {"val/z/covariance_rank": looks(1.1, null=60, n=512)}, {}, ["fail"]),
         ("anisotropic", {"val/z/participation_ratio": looks(1, null=1)}, {}, []),
         ("near-chance", {"val/loss/infonce": looks(8.6, null=9.07)}, {}, ["fail"]),
+        ("near-chance", {"val/loss/itc": looks(8.6, null=9.07)}, {}, ["fail"]),
         ("near-chance", {"val/loss/infonce": looks(7.98, null=9.07)}, {}, ["warning"]),
         ("no-learning", {"train/loss/re": series(50 - RISING * 200, null=-300)}, {}, ["fail"]),
         ("no-learning", {"train/loss/re": series(50 - RISING * 600, null=-300)}, {}, []),

@@ -10,14 +10,18 @@ from intaglio.health.record import Record
 from intaglio.health.rule import Limits, Rule, rule
 from intaglio.health.rules.training import FEWEST, LOOKS
 from intaglio.history import NotMeasured
+from intaglio.history.aliases import names_of
+
+LOSSES = (*(f"val/loss/{name}" for name in names_of("contrastive")), "val/contrastive/loss")
+"""A contrastive loss on held-out items, by the names that it goes by."""
 
 
 @rule(
     id="near-chance",
-    follows=("latent-ignores-input", "anisotropic", "learning-rate-off", "diverged"),
+    follows=("trivial-pair", "ema-lag", "latent-ignores-input", "anisotropic", "learning-rate-off", "diverged"),
     source="van den Oord et al. 2018, eq. 4",
     case="J: 7.98 of 9.07",
-    needs=("val/loss/contrastive", "val/loss/infonce", "val/contrastive/loss", "val/contrastive/top1"),
+    needs=(*LOSSES, "val/contrastive/top1"),
     log="the held-out contrastive loss with ln N as its null",
     limits={"share": 0.15, "fail": 0.075},
 )
@@ -26,14 +30,14 @@ def near_chance(record: Record, limits: Limits) -> Iterator[Finding | NotMeasure
 
     Seen by held-out loss beside its null (ln N for InfoNCE); top-1 with its interval beside 1/N.
     """
-    for name, s in record.matching("val/loss/contrastive", "val/loss/infonce", "val/contrastive/loss").items():
+    for name, s in record.matching(*LOSSES).items():
         if s.null is None or s.null <= 0:
             yield NotMeasured(f"{name} has no null: log ln N beside it")
             continue
         gained = (s.null - s.value) / s.null
         if gained < limits["share"] and record.settled(s):
             nothing = gained < limits["fail"]
-            heavier = () if name.endswith("infonce") else ("raise --loss.contrastive",)
+            heavier = ("raise --loss.contrastive",) if name.endswith("contrastive") else ()
             yield Finding(
                 "near-chance",
                 "fail" if nothing else "warning",
