@@ -249,6 +249,15 @@ def test_a_bad_update_never_reaches_the_weights_and_its_batch_is_kept(tmp_path):
     assert main(["diagnose", str(tmp_path / "run")]) == 1
 
 
+def test_a_batch_that_cannot_be_kept_does_not_hide_why_training_stops(tmp_path):
+    model = nn.Linear(2, 1)
+    monitor = Monitor(model, folder=tmp_path / "run")
+    (math.nan * model(torch.ones(1, 2)).sum()).backward()
+    with pytest.raises(Stopped, match=r"The update was not made\.$"):
+        monitor.step(torch.tensor(math.nan), batch=lambda: None)
+    assert not list((tmp_path / "run").glob("*.pt"))
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
 @pytest.mark.parametrize("spoilt", [(math.nan,), (math.inf,), (math.inf, -math.inf)])
 def test_a_gradient_is_refused_between_rows_though_the_loss_is_finite(tmp_path, dtype, spoilt):

@@ -269,10 +269,7 @@ COURSES = {
         np.where(STEPS < 500, 1e-3 * (0.55 + 0.45 * np.cos(np.pi * STEPS / 500)), 1e-4),
         ["fail"],
     ),
-    "a high floor from a quarter on": (
-        np.where(STEPS < 500, 1e-3 * (0.75 + 0.25 * np.cos(np.pi * STEPS / 500)), 5e-4),
-        ["warning"],
-    ),
+    "a high floor": (np.where(STEPS < 500, 1e-3 * (0.75 + 0.25 * np.cos(np.pi * STEPS / 500)), 5e-4), ["warning"]),
     "next to nothing from half on": (1e-3 * np.exp(-STEPS / 200), ["fail"]),
     "fallen at once": (np.where(STEPS < 30, 1e-3, 5e-5), ["fail"]),
     "warmed up in every epoch": (1e-3 * np.minimum(1, (STEPS % 500) / 200 + 0.05), ["fail"]),

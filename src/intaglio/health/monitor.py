@@ -281,9 +281,12 @@ class Monitor:
         return step % self.every == 0 or step == self.start + AUDITED + 1
 
     def _refuse(self, losses: Mapping[str, float], norm: float, batch: Any) -> NoReturn:
-        where = self.folder.path / f"non-finite-step-{self.count}.pt"
+        file = self.folder.path / f"non-finite-step-{self.count}.pt"
         optimizer = self.optimizer.state_dict() if self.optimizer is not None else None
-        torch.save({"batch": batch, "model": self.model.state_dict(), "optimizer": optimizer}, where)
+        try:
+            torch.save({"batch": batch, "model": self.model.state_dict(), "optimizer": optimizer}, file)
+        except Exception:  # as of a batch that cannot be pickled: it must not hide what was found
+            file.unlink(missing_ok=True)
         told = ", ".join(f"{name} {value:.4g}" for name, value in {**losses, "gradient norm": norm}.items())
         finding = Finding(
             "non-finite",
@@ -299,7 +302,7 @@ class Monitor:
         write_findings(self.folder, self._diagnosis())
         if self.on_finding:
             self.on_finding(finding)
-        raise Stopped(finding, where)
+        raise Stopped(finding, file if file.is_file() else None)
 
     def _audit(self, row: bool, muted: bool) -> None:
         """Watches gradients in the first steps, and those of tensors that had none from then on at each row.

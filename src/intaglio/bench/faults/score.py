@@ -33,7 +33,7 @@ def scores(outcomes: Sequence[Outcome]) -> list[Result]:
         made.append(
             Result("time for the monitor, median", TARGETS["overhead"], median(overheads), "lower", n=len(overheads))
         )
-    return made
+    return [result for result in made if result.n]
 
 
 def _within(o: Outcome, places: int) -> bool:

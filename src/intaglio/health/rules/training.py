@@ -21,19 +21,15 @@ FEWEST = 8
 
 MINIMISED = ("train/loss/*", "val/loss/*", "train/caption/nats_per_token", "val/caption/nats_per_token")
 
-
 QUANTISER = ("vq", "commit", "codebook", "quanti")
 """Words in the names of a quantiser's loss terms, which rise where latents grow, and are no loss of the model."""
-
 
 ADVERSARIAL = ("generator", "discriminator", "adversarial")
 """Words in the names of losses that two networks set each other, and that need not fall."""
 
-
 BESIDE = ("relational", "invariance", "colour", "flip", "shift", "orthogonality", "preference")
 """Names of terms that stand beside what is to be learnt: relations of embeddings, what they shall not depend on, and an
 order among answers that a model gives itself, which costs nothing while all of them are wrong."""
-
 
 ASIDE = ("/kl", *QUANTISER, *ADVERSARIAL, *(f"/{name}" for name in BESIDE))
 """Terms whose course alone says nothing of whether the model learns."""

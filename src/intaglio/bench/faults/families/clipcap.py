@@ -303,7 +303,7 @@ def train(
 
 FAMILY = Family(
     "clipcap",
-    "judged",
+    "development",
     "captions by a prefix in Lightning: a mapping network between an eye and a language model, both trained before",
     faults=(
         Fault(

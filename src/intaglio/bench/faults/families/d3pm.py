@@ -301,7 +301,7 @@ def train(
 
 FAMILY = Family(
     "d3pm",
-    "judged",
+    "development",
     "discrete diffusion of small pictures of nine colours, a small transformer of patches",
     faults=(
         Fault(

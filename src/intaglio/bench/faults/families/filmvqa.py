@@ -277,7 +277,7 @@ def train(
 
 FAMILY = Family(
     "filmvqa",
-    "judged",
+    "development",
     "answers to questions about a picture, by a conv net that the question modulates and a bottleneck in groups",
     faults=(
         Fault(

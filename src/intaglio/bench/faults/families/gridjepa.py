@@ -288,7 +288,7 @@ def train(
 
 FAMILY = Family(
     "gridjepa",
-    "judged",
+    "development",
     "a joint-embedding predictor of grids: the answer's embedding from demonstrations of a rule and a question",
     faults=(
         Fault(

@@ -240,7 +240,7 @@ def train(
 
 FAMILY = Family(
     "neuralprocess",
-    "judged",
+    "development",
     "a latent neural process that completes small pictures from some of their pixels",
     faults=(
         Fault(

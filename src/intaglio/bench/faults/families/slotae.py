@@ -294,7 +294,7 @@ def train(
 
 FAMILY = Family(
     "slotae",
-    "judged",
+    "development",
     "an autoencoder of scenes of two or three shapes, with slot attention",
     faults=(
         Fault(
