@@ -9,7 +9,9 @@ from intaglio.health.record import Record
 from intaglio.health.rule import apply
 
 RISING = 1 - FALLING / 3
-CODES = {"val/codes/perplexity": looks(20, null=30)}
+CODES = {"val/codes/perplexity": looks(np.linspace(12, 20, 10), null=30)}
+DONE = {"val/codes/perplexity": looks(20, null=30), "val/codes/norm_ratio": looks(1)}
+COARSE = np.tile(np.repeat([1.0, 0.9, 0.65, 0.35, 0.1], [4, 4, 4, 4, 4]), 5)
 EASY = np.where(STEPS < 60, 1.5, 3.4 - 2 * np.exp(-STEPS / 400))
 RAMP = np.minimum(1e-3, STEPS * 1e-6)
 TERMS = {"train/loss/nll": series(700 + 10 * NOISE), "train/loss/kl": series(5 + NOISE**2)}
@@ -17,6 +19,7 @@ WEIGHTS = {"train/weight/nll": series(1e-3), "train/weight/kl": series(RAMP)}
 WARM = np.concatenate([np.linspace(0.2, 1, 60), np.linspace(1, 0.01, 40)])
 LOGGED = TERMS | WEIGHTS | {"train/loss/total": series(1e-3 * (700 + 10 * NOISE) + 1e-3 * (5 + NOISE**2))}
 APPLIED = TERMS | WEIGHTS | {"train/loss/total": series(1e-3 * (700 + 10 * NOISE) + RAMP * (5 + NOISE**2))}
+CLAMPED = {"train/loss/kl": series(np.minimum(STEPS / 200, 0.5)), "train/weight/kl": series(1.0)}
 HUMP = np.where((STEPS > 180) & (STEPS < 220), 9.0, 2.0 + 0.01 * NOISE)
 FALLEN = 3 * (1 - np.exp(-STEPS / 300))
 TURNED = np.array([-1.0, -1.8, -2.0, -1.9, -1.8, -1.6, -1.4, -1.2, -1.0, -0.9])
@@ -60,6 +63,9 @@ def said(rule, given, facts=None):
             {},
             ["fail"],
         ),
+        ("quantiser-loss-missing", DONE | {"train/loss/nll": series(HEALTHY)}, {}, []),
+        ("term-inert", CLAMPED | {"val/z/groups_above_floor": looks(0.1)}, {}, []),
+        ("term-inert", CLAMPED | {"val/z/groups_above_floor": looks(1.0)}, {}, ["fail"]),
         ("temperature-stuck", {"train/gumbel/temperature": series(np.maximum(0.5, 1 - STEPS / 1000))}, {}, []),
         ("temperature-stuck", {"train/pair/temperature": series(0.07)}, {}, ["warning"]),
         ("queue-stale", {"train/queue/queue_agreement": looks(0.02, null=0.0)}, {}, ["fail"]),
@@ -71,6 +77,8 @@ def said(rule, given, facts=None):
             {},
             [],
         ),
+        ("split-leak", {"train/loss/tc": series(7 + NOISE / 1e6), "val/loss/tc": series(7 - NOISE / 1e6)}, {}, []),
+        ("split-leak", {"train/loss/tc": series(HEALTHY), "val/loss/tc": series(HEALTHY)}, {}, ["fail"]),
         ("question-only", {"val/answer.size/accuracy": looks(0.5, null=0.5, n=80)}, {}, []),
         ("question-only", {"val/answer.size/accuracy": looks(0.5, null=0.5, n=800)}, {}, ["warning"]),
         (
@@ -82,6 +90,7 @@ def said(rule, given, facts=None):
         ("validation-missing", {"train/loss/c": series(0.6 * RISING), "val/loss/c": looks(0.4)}, {}, []),
         ("learning-rate-off", {"train/optimizer/rate": series(np.repeat(np.arange(1, 6), 20) / 5)}, {}, ["fail"]),
         ("learning-rate-off", {"train/optimizer/rate": series(WARM)}, {}, []),
+        ("learning-rate-off", {"train/optimizer/rate": series(COARSE)}, {}, []),
         (
             "latent-ignores-input",
             {"val/z/varying_share": looks(5e-4), "val/z/std": looks(0.3)},

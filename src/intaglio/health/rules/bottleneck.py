@@ -18,7 +18,7 @@ KL_TERMS = tuple(f"{split}/loss/{name}" for split in ("train", "val") for name i
 
 @rule(
     id="posterior-collapse",
-    follows=("diverged", "dead-parameters"),
+    follows=("diverged", "dead-parameters", "temperature-misstates-rate"),
     source="Bowman et al. 2016; He et al. 2019",
     needs=("val/*/kl_nats", *KL_TERMS),
     log="KL(q(z|x) || N(0, I)) per item, raw, as val/SITE/kl_nats",

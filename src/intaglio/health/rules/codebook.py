@@ -368,6 +368,9 @@ def quantiser_loss_missing(record: Record, limits: Limits) -> Iterator[Finding |
     if not terms and not record.config and (unknown or not record.matching(*AS_VECTORS)):
         yield NotMeasured("which term, if any, draws encoder and codes together is not known")
         return
+    if not record.config and all(np.ptp(s.values) == 0 for s in record.matching(*PERPLEXITY, *AS_VECTORS).values()):
+        yield NotMeasured("codes have not moved so far, as those of a tokenizer that is done")
+        return
     if named and (not terms or (weights and not any(weights.values()))):
         yield Finding(
             "quantiser-loss-missing",

@@ -182,6 +182,7 @@ def anisotropic(record: Record, limits: Limits) -> Iterator[Finding | NotMeasure
     id="prior-mismatch",
     follows=(
         "free-running-gap",
+        "null-mismatch",
         "decoder-ignores-latent",
         "diverged",
         "condition-ignored",

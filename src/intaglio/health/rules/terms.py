@@ -33,8 +33,11 @@ def term_inert(record: Record, limits: Limits) -> Iterator[Finding]:
     for term, s in terms(record).items():
         if term in weights and not weights[term].values.any():
             continue  # switched off on purpose
-        if term.startswith("kl") and record.matching("*/*/groups_above_floor"):
+        floors = record.matching("*/*/groups_above_floor").values() if term.startswith("kl") else ()
+        if any(above.value < 0.5 for above in floors):
             continue  # under free bits: kl-free and kl-parked judge it
+        if floors:
+            s = s.after(int(s.steps[len(s) // 2]))
         norm = record.get(f"train/term.{term}/gradient_norm")
         flat = len(s) >= FEWEST and float(np.ptp(s.values)) <= limits["spread"] * max(1e-12, abs(s.value))
         zero = norm is not None and not (norm.values > 0).any() and (len(norm) >= LOOKS or record.settled(norm))

@@ -370,7 +370,8 @@ def _odd_course(s: Series) -> Iterator[Finding]:
     peak = int(share.argmax())
     change = np.diff(share)
     at_once = np.flatnonzero((change < -0.5 * share[:-1]) & (share[:-1] > 0.3))
-    anew = [k for k in at_once if share[k + 1 :][:10].max() > 2 * share[k + 1]]
+    climbs = {k: np.diff(share[k + 1 :][:11]) for k in at_once}
+    anew = [k for k, up in climbs.items() if up.sum() > share[k + 1] and up.max() < 0.7 * up.sum()]  # no restart
     over = int(np.flatnonzero(share >= NEXT_TO_NOTHING)[-1]) + 1
     early = at_once[(at_once < len(s) // 10) & (share[-1] < 0.2)]
     after, falls = share[peak:], -np.diff(share[peak:])
