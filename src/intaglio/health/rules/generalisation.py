@@ -208,7 +208,7 @@ def _constants(record: Record, name: str, s: Series) -> dict[str, float]:
 
 @rule(
     id="overfitting",
-    follows=("near-chance", "high-noise-starved", "vocabulary-unreachable"),
+    follows=("near-chance", "high-noise-starved", "vocabulary-unreachable", "augmentation-inert"),
     source="no number without its null",
     case="V",
     needs=("train/*/nats_per_token", "train/loss/*"),

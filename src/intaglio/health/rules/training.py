@@ -380,7 +380,7 @@ def _odd_course(s: Series) -> Iterator[Finding]:
     if len(anew) >= 2:
         message = f"The rate falls at once and climbs again {len(anew)} times: it is warmed up anew."
         step = int(s.steps[anew[0] + 1])
-    elif len(s) - over > 0.4 * len(s):
+    elif len(s) - over > len(s) / 3:
         step = int(s.steps[over])
         message = f"From step {step:,} on the rate is less than a hundredth of its peak: hardly anything is learnt."
     elif len(early) and share[early[0] + 1 :].max() < 0.2:

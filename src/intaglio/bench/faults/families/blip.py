@@ -307,7 +307,7 @@ def train(
 
 FAMILY = Family(
     "blip",
-    "judged",
+    "development",
     "a picture's and a sentence's network with a contrast, a matching of hard negatives and captions",
     faults=(
         Fault(

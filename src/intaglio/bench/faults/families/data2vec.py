@@ -283,7 +283,7 @@ def train(
 
 FAMILY = Family(
     "data2vec",
-    "judged",
+    "development",
     "data2vec on sounds: a student with masked frames predicts what an averaged teacher makes of the whole sound",
     faults=(
         Fault(

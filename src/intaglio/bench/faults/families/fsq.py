@@ -330,7 +330,7 @@ def train(
 
 
 FAMILY = Family(
-    "fsq", "judged", "pictures in numbers that are rounded, and then a causal prior over these tokens, told and guided",
+    "fsq", "development", "pictures in numbers that are rounded, and a causal prior over these tokens, told and guided",
     faults=(
         Fault("rounded-without-a-way-back",
               "What is rounded is handed on without the straight-through sum: the encoder's gradient is 0 everywhere.",

@@ -343,7 +343,7 @@ def train(
 
 
 FAMILY = Family(
-    "latentdiffusion", "judged", "a KL-autoencoder, and a denoiser in its latents that is told colour and row",
+    "latentdiffusion", "development", "a KL-autoencoder, and a denoiser in its latents that is told colour and row",
     faults=(
         Fault("constant-of-another-autoencoder",
               "The latents are multiplied by 0.18215, which is the constant of a large public autoencoder.",

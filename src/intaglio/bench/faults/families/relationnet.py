@@ -298,7 +298,7 @@ def train(
 
 FAMILY = Family(
     "relationnet",
-    "judged",
+    "development",
     "answers to questions about things of a scene and how they relate, by a relation network; in Lightning",
     faults=(
         Fault(

@@ -294,7 +294,7 @@ def train(
 
 FAMILY = Family(
     "vrnn",
-    "judged",
+    "development",
     "a variational recurrent network of handwriting, with a learnt prior",
     faults=(
         Fault(
