@@ -15,6 +15,7 @@ from PIL import Image
 from test_arc_data import raw, written
 
 from intaglio.bench import Result, markdown
+from intaglio.bench.faults import page as results
 from intaglio.cli import main
 from intaglio.data.engravings import Engravings
 from intaglio.data.pixels import read_image
@@ -204,9 +205,21 @@ def test_unreadable_images_are_skipped_by_name(
         assert "hidden" not in str(answer)
 
 
-@pytest.mark.parametrize("what", sorted(p.stem for p in (ROOT / "benchmarks").glob("*.json")))
-def test_tables_of_the_readme_are_what_the_benchmarks_wrote(what: str) -> None:
-    written = json.loads((ROOT / "benchmarks" / f"{what}.json").read_text(encoding="utf-8"))["results"]
+ROUNDS = sorted((ROOT / "benchmarks" / "rounds").glob("*.json"))
+
+
+@pytest.mark.parametrize("file", [*sorted((ROOT / "benchmarks").glob("*.json")), *ROUNDS[-2:]], ids=lambda p: p.stem)
+def test_tables_of_the_readme_are_what_the_benchmarks_wrote(file: Path) -> None:
+    written = json.loads(file.read_text(encoding="utf-8"))["results"]
     names = [f.name for f in fields(Result)]
     table = markdown([Result(**{k: v for k, v in row.items() if k in names}) for row in written])
     assert table in (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+def test_pages_of_the_fault_benchmark_are_what_it_wrote() -> None:
+    assert ROUNDS
+    pages = {ROOT / "benchmarks" / "faults.json": "faults-results.md"}
+    pages |= {file: file.stem.replace("-", "-round-") + ".md" for file in ROUNDS}
+    for file, name in pages.items():
+        found = json.loads(file.read_text(encoding="utf-8"))
+        assert results.page(found) == (ROOT / "docs" / name).read_text(encoding="utf-8"), name

@@ -253,9 +253,11 @@ def test_a_batch_that_cannot_be_kept_does_not_hide_why_training_stops(tmp_path):
     model = nn.Linear(2, 1)
     monitor = Monitor(model, folder=tmp_path / "run")
     (math.nan * model(torch.ones(1, 2)).sum()).backward()
-    with pytest.raises(Stopped, match=r"The update was not made\.$"):
+    with pytest.raises(Stopped, match=r"The update was not made\..* the batch could not be kept \(\w+: .*pickle"):
         monitor.step(torch.tensor(math.nan), batch=lambda: None)
-    assert not list((tmp_path / "run").glob("*.pt"))
+    kept = torch.load(tmp_path / "run" / "non-finite-step-1.pt", weights_only=True)
+    assert kept["batch"] is None
+    assert torch.equal(kept["model"]["weight"], model.weight)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])

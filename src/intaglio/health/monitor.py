@@ -46,8 +46,8 @@ AUDITED = 3
 class Stopped(RuntimeError):
     """Training must not go on; the message says why, and ``finding`` what was seen."""
 
-    def __init__(self, finding: Finding, where: Path | None = None):
-        super().__init__(finding.message + (f" The batch is in {where}." if where else ""))
+    def __init__(self, finding: Finding, kept: str = ""):
+        super().__init__(finding.message + kept)
         self.finding = finding
 
 
@@ -282,11 +282,13 @@ class Monitor:
 
     def _refuse(self, losses: Mapping[str, float], norm: float, batch: Any) -> NoReturn:
         file = self.folder.path / f"non-finite-step-{self.count}.pt"
-        optimizer = self.optimizer.state_dict() if self.optimizer is not None else None
+        state = {"model": self.model.state_dict(), "optimizer": self.optimizer and self.optimizer.state_dict()}
         try:
-            torch.save({"batch": batch, "model": self.model.state_dict(), "optimizer": optimizer}, file)
-        except Exception:  # as of a batch that cannot be pickled: it must not hide what was found
-            file.unlink(missing_ok=True)
+            torch.save({"batch": batch, **state}, file)
+            kept = f" The batch is in {file}."
+        except Exception as error:  # a batch that cannot be pickled must not hide what was found
+            torch.save({"batch": None, **state}, file)
+            kept = f" The weights are in {file}; the batch could not be kept ({type(error).__name__}: {error})."
         told = ", ".join(f"{name} {value:.4g}" for name, value in {**losses, "gradient norm": norm}.items())
         finding = Finding(
             "non-finite",
@@ -302,7 +304,7 @@ class Monitor:
         write_findings(self.folder, self._diagnosis())
         if self.on_finding:
             self.on_finding(finding)
-        raise Stopped(finding, file if file.is_file() else None)
+        raise Stopped(finding, kept)
 
     def _audit(self, row: bool, muted: bool) -> None:
         """Watches gradients in the first steps, and those of tensors that had none from then on at each row.

@@ -22,10 +22,10 @@ def scores(outcomes: Sequence[Outcome]) -> list[Result]:
         o.monitor_seconds / (o.seconds - o.monitor_seconds) for o in outcomes if 0 < o.monitor_seconds < o.seconds
     ]
     made = [
-        _share("faulty runs that are found", TARGETS["detection"], faulty, lambda o: o.detected_at() is not None),
-        _share("faults named, first of all findings", TARGETS["diagnosis"], faulty, lambda o: o.place_of_cause() == 1),
-        _share("faults named among the first three", TARGETS["diagnosis"], faulty, lambda o: _within(o, 3)),
-        _share("healthy runs that are accused", TARGETS["false"], sound, lambda o: bool(o.accused), "lower"),
+        *_share("faulty runs that are found", TARGETS["detection"], faulty, lambda o: o.detected_at() is not None),
+        *_share("faults named, first of all findings", TARGETS["diagnosis"], faulty, lambda o: o.place_of_cause() == 1),
+        *_share("faults named among the first three", TARGETS["diagnosis"], faulty, lambda o: _within(o, 3)),
+        *_share("healthy runs that are accused", TARGETS["false"], sound, lambda o: bool(o.accused), "lower"),
     ]
     if steps:
         made.append(Result("steps to detection, median", TARGETS["steps"], median(steps), "lower", n=len(steps)))
@@ -33,7 +33,7 @@ def scores(outcomes: Sequence[Outcome]) -> list[Result]:
         made.append(
             Result("time for the monitor, median", TARGETS["overhead"], median(overheads), "lower", n=len(overheads))
         )
-    return [result for result in made if result.n]
+    return made
 
 
 def _within(o: Outcome, places: int) -> bool:
@@ -43,11 +43,10 @@ def _within(o: Outcome, places: int) -> bool:
 
 def _share(
     what: str, target: float, of: Sequence[Outcome], hit: Callable[[Outcome], bool], better: str = "higher"
-) -> Result:
-    reading = share(sum(map(hit, of)), len(of)) if of else None
-    if reading is None:
-        return Result(what, target, float("nan"), better, n=0)
-    return Result(what, target, reading.value, better, n=reading.n, low=reading.low, high=reading.high)
+) -> list[Result]:
+    """Nothing where there is nobody to count."""
+    found = [share(sum(map(hit, of)), len(of))] if of else []
+    return [Result(what, target, r.value, better, n=r.n, low=r.low, high=r.high) for r in found]
 
 
 def by_family(outcomes: Sequence[Outcome]) -> list[dict[str, Any]]:

@@ -225,7 +225,7 @@ def validation_pollutes(record: Record, limits: Limits) -> Iterator[Finding]:
     needs=("val/loss/*", "val/*/accuracy"),
     facts=("leaks",),
     log="the splits: health.audits.leaks compares them",
-    limits={"rows": 8, "same": 1e-6, "below": 0.5, "perfect": 0.999},
+    limits={"rows": 8, "same": 1e-6, "apart": 0.05, "below": 0.5, "perfect": 0.999},
 )
 def split_leak(record: Record, limits: Limits) -> Iterator[Finding | NotMeasured]:
     """The same or nearly the same item stands in both splits.
@@ -277,7 +277,7 @@ def _one_curve(record: Record, limits: Limits) -> Iterator[Finding]:
         if len(both) < limits["rows"]:
             continue
         x, y = train.values[a], val.values[b]
-        if np.allclose(x, y, rtol=limits["same"], atol=0) and np.abs(x - y).max() < 0.05 * np.ptp(x):
+        if np.allclose(x, y, rtol=limits["same"], atol=0) and np.abs(x - y).max() < limits["apart"] * np.ptp(x):
             yield Finding(
                 "split-leak",
                 "fail",

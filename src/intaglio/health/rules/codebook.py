@@ -354,7 +354,8 @@ def quantiser_loss_missing(record: Record, limits: Limits) -> Iterator[Finding |
 
     Seen by the terms and weights that were summed, where codes are chosen; β < 1 is the commitment's. Numbers that are
     rounded (FSQ, Mentzer et al. 2023) need no such term, nor do codes that are relaxed, whose lengths nobody compares
-    with what they stand for; a term of another name may be it.
+    with what they stand for; a term of another name may be it. A tokenizer that is done, whose readings do not move,
+    needs none either.
     """
     if (record.config.get("model") or {}).get("quantiser") == "fsq":
         return

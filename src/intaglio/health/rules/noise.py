@@ -98,11 +98,8 @@ def null_mismatch(record: Record, limits: Limits) -> Iterator[Finding]:
     measured = record.get("train/condition/dropped_share")
     if (told.get("by", "none") == "none" and measured is None) or (used is None and measured is None):
         return
-    drop = (
-        float(told["drop"])
-        if "drop" in told or measured is None
-        else float(np.mean(measured.values[len(measured) // 2 :]))
-    )
+    late = None if measured is None else float(np.mean(measured.values[len(measured) // 2 :]))
+    drop = float(told["drop"]) if "drop" in told or late is None else late
     weight = 1.0 if used is None else used.value
     evidence = {"drop": drop, "guidance": weight}
     again = remedies("drop the condition of 10 to 20 % of the items: --condition.drop 0.15")
@@ -171,12 +168,13 @@ def high_noise_starved(record: Record, limits: Limits) -> Iterator[Finding]:
         centre = name.split("/")[1].partition(".")[2]
         loss = record.get(f"val/log_snr.{centre}/loss")
         learnt = loss is not None and loss.null is not None and loss.value < (1 - limits["learnt"]) * loss.null
-        dark = float(centre) < 0
-        never = dark and bool(s.null) and s.value < limits["none"] * (s.null or 0)
-        if s.null and s.value < limits["share"] * s.null and (never or not learnt):
-            starved[float(centre)] = s.value / s.null
+        if not s.null or s.value >= limits["share"] * s.null:
+            continue
+        even, dark = s.value / s.null, float(centre) < 0
+        if not learnt or (dark and even < limits["none"]):
+            starved[float(centre)] = even
             told = loss is not None and loss.null is not None and record.settled(loss)
-            untaught |= dark and s.value < limits["fail"] * s.null and told
+            untaught |= dark and even < limits["fail"] and told
     if starved:
         worst = min(starved, key=lambda b: starved[b])
         yield Finding(

@@ -22,7 +22,7 @@ ASIDE = (*BESIDE, *QUANTISER)
     case="V: teacher; J: VQ loss; E: alignment",
     needs=("train/term.*/gradient_norm", "train/loss/*"),
     log="each loss term as train/loss/NAME, its gradient norm as train/term.NAME/gradient_norm",
-    limits={"spread": 1e-7, "share": 1e-9},
+    limits={"spread": 1e-7, "share": 1e-9, "floored": 0.5},
 )
 def term_inert(record: Record, limits: Limits) -> Iterator[Finding]:
     """A configured loss term has no gradient, or its value never changes.
@@ -34,7 +34,7 @@ def term_inert(record: Record, limits: Limits) -> Iterator[Finding]:
         if term in weights and not weights[term].values.any():
             continue  # switched off on purpose
         floors = record.matching("*/*/groups_above_floor").values() if term.startswith("kl") else ()
-        if any(above.value < 0.5 for above in floors):
+        if any(above.value < limits["floored"] for above in floors):
             continue  # under free bits: kl-free and kl-parked judge it
         if floors:
             s = s.after(int(s.steps[len(s) // 2]))

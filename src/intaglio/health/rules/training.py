@@ -291,7 +291,7 @@ RATES = ("train/optimizer/rate", "train/optimizer.*/rate")
     case="D ended at 53 % of its peak; V: decoder at ten times; E: “exponential” that was cosine",
     needs=RATES,
     log="the optimizer's rate as train/optimizer/rate, that of a part with its own as train/optimizer.PART/rate",
-    limits={"relative": 0.01},
+    limits={"relative": 0.01, "nothing": 0.01, "idle": 0.33, "fallen": 0.2, "floor": 0.3, "jump": 0.7},
 )
 def learning_rate_off(record: Record, limits: Limits) -> Iterator[Finding | NotMeasured]:
     """The applied rate is not the configured one.
@@ -306,7 +306,7 @@ def learning_rate_off(record: Record, limits: Limits) -> Iterator[Finding | NotM
         for s in logged.values():
             yield from _no_rate(finite(s))
             if record.steps is not None and not record.running and record.last_step >= 0.95 * record.steps:
-                yield from _odd_course(finite(s))
+                yield from _odd_course(finite(s), limits)
         yield NotMeasured("there is no configured schedule to hold it against")
         return
     factors, found = record.config.get("rates") or {}, []
@@ -358,11 +358,7 @@ def _no_rate(s: Series) -> Iterator[Finding]:
         )
 
 
-NEXT_TO_NOTHING = 0.01
-"""Share of its peak below which a rate moves hardly anything."""
-
-
-def _odd_course(s: Series) -> Iterator[Finding]:
+def _odd_course(s: Series, limits: Limits) -> Iterator[Finding]:
     """A rate whose course, seen whole, is that of a schedule for another number of steps."""
     if len(s) < 2 * FEWEST or s.values.max() <= 0:
         return
@@ -371,19 +367,20 @@ def _odd_course(s: Series) -> Iterator[Finding]:
     change = np.diff(share)
     at_once = np.flatnonzero((change < -0.5 * share[:-1]) & (share[:-1] > 0.3))
     climbs = {k: np.diff(share[k + 1 :][:11]) for k in at_once}
-    anew = [k for k, up in climbs.items() if up.sum() > share[k + 1] and up.max() < 0.7 * up.sum()]  # no restart
-    over = int(np.flatnonzero(share >= NEXT_TO_NOTHING)[-1]) + 1
-    early = at_once[(at_once < len(s) // 10) & (share[-1] < 0.2)]
+    slow = {k: up for k, up in climbs.items() if up.max() < limits["jump"] * up.sum()}  # a restart jumps
+    anew = [k for k, up in slow.items() if up.sum() > share[k + 1]]
+    over = int(np.flatnonzero(share >= limits["nothing"])[-1]) + 1
+    early = at_once[(at_once < len(s) // 10) & (share[-1] < limits["fallen"])]
     after, falls = share[peak:], -np.diff(share[peak:])
     message = ""
     severity: Severity = "fail"
     if len(anew) >= 2:
         message = f"The rate falls at once and climbs again {len(anew)} times: it is warmed up anew."
         step = int(s.steps[anew[0] + 1])
-    elif len(s) - over > len(s) / 3:
+    elif len(s) - over > limits["idle"] * len(s):
         step = int(s.steps[over])
         message = f"From step {step:,} on the rate is less than a hundredth of its peak: hardly anything is learnt."
-    elif len(early) and share[early[0] + 1 :].max() < 0.2:
+    elif len(early) and share[early[0] + 1 :].max() < limits["fallen"]:
         step = int(s.steps[early[0] + 1])
         message = f"By step {step:,} the rate has fallen at once to {share[early[0] + 1]:.0%} of its peak, for good."
     elif len(after) >= FEWEST and (falls >= -1e-9).all() and after[-1] < 0.99:
@@ -392,7 +389,7 @@ def _odd_course(s: Series) -> Iterator[Finding]:
         late = falls[-max(3, len(falls) // 10) :].mean()
         if gradual and len(after) - flat > 0.6 * len(share):
             message = f"The rate has reached its floor at step {int(s.steps[peak + flat]):,}, and stays there."
-            severity = "fail" if after[-1] < 0.3 else "warning"
+            severity = "fail" if after[-1] < limits["floor"] else "warning"
         elif gradual and after[-1] > 0.3 and late > 0.8 * falls.mean():
             message = f"The rate ends at {after[-1]:.0%} of its peak, and still falls as fast as ever."
         step = int(s.steps[-1])
