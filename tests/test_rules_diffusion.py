@@ -149,6 +149,7 @@ def test_each_rule_fires_on_its_fault_and_on_nothing_else(rule, series, due):
         (0.0, 1, []),
         (0.01, 3, ["warning"]),
         (0.8, 1, ["warning"]),
+        (0.9, 3, ["fail"]),
         (0.15, 3, []),
     ],
 )

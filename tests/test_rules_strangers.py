@@ -21,6 +21,8 @@ LOGGED = TERMS | WEIGHTS | {"train/loss/total": series(1e-3 * (700 + 10 * NOISE)
 APPLIED = TERMS | WEIGHTS | {"train/loss/total": series(1e-3 * (700 + 10 * NOISE) + RAMP * (5 + NOISE**2))}
 CLAMPED = {"train/loss/kl": series(np.minimum(STEPS / 200, 0.5)), "train/weight/kl": series(1.0)}
 HUMP = np.where((STEPS > 180) & (STEPS < 220), 9.0, 2.0 + 0.01 * NOISE)
+LATE = np.array([0.1] * 9 + [0.3])
+ROUNDED = {"train/loss/a": series(HEALTHY), "train/loss/b": series(HEALTHY), "train/term.a/gradient_norm": looks(2)}
 FALLEN = 3 * (1 - np.exp(-STEPS / 300))
 TURNED = np.array([-1.0, -1.8, -2.0, -1.9, -1.8, -1.6, -1.4, -1.2, -1.0, -0.9])
 STEEPER = np.array([2.0, 1.2, 0.8, 0.8, 0.9, 1.2, 1.3, 1.4, 1.5, 1.6])
@@ -44,6 +46,9 @@ def said(rule, given, facts=None):
         ("near-chance", {"val/loss/infonce": looks(7.98, null=9.07)}, {}, ["warning"]),
         ("no-learning", {"train/loss/re": series(50 - RISING * 200, null=-300)}, {}, ["fail"]),
         ("no-learning", {"train/loss/re": series(50 - RISING * 600, null=-300)}, {}, []),
+        ("no-learning", {"train/loss/a": series(HEALTHY), "val/digit/accuracy": looks(0.1, null=0.1)}, {}, ["fail"]),
+        ("no-learning", {"train/loss/a": series(HEALTHY), "val/digit/accuracy": looks(LATE, null=0.1)}, {}, []),
+        ("no-learning", {"train/loss/a": series(HEALTHY), "val/answer.size/accuracy": looks(0.1, null=0.1)}, {}, []),
         ("diverged", {"train/loss/nce": series(EASY, null=7), "val/loss/nce": looks(3, null=7)}, {}, ["warning"]),
         ("diverged", {"train/loss/total": series(UP)}, {}, ["fail"]),
         ("diverged", {"train/loss/total": series(UP)}, {"moving_targets": ["teacher.weight"]}, ["warning"]),
@@ -66,6 +71,8 @@ def said(rule, given, facts=None):
         ("quantiser-loss-missing", DONE | {"train/loss/nll": series(HEALTHY)}, {}, []),
         ("term-inert", CLAMPED | {"val/z/groups_above_floor": looks(0.1)}, {}, []),
         ("term-inert", CLAMPED | {"val/z/groups_above_floor": looks(1.0)}, {}, ["fail"]),
+        ("term-inert", ROUNDED | {"train/term.b/gradient_norm": looks(1e-12)}, {}, ["fail"]),
+        ("term-inert", ROUNDED | {"train/term.b/gradient_norm": looks(1e-6)}, {}, []),
         ("temperature-stuck", {"train/gumbel/temperature": series(np.maximum(0.5, 1 - STEPS / 1000))}, {}, []),
         ("temperature-stuck", {"train/pair/temperature": series(0.07)}, {}, ["warning"]),
         ("queue-stale", {"train/queue/queue_agreement": looks(0.02, null=0.0)}, {}, ["fail"]),

@@ -92,7 +92,7 @@ def condition_ignored(record: Record, limits: Limits) -> Iterator[Finding | NotM
 @rule(
     id="unfaithful",
     symptom=True,
-    follows=("learning-rate-off", "ema-lag", "condition-ignored", "high-noise-starved", "latent-scale"),
+    follows=("learning-rate-off", "ema-lag", "condition-ignored", "null-mismatch", "latent-scale"),
     concerns=("diffusion",),
     source="Ravuri & Vinyals 2019 (classification accuracy), here of the samples by a classifier of real images",
     case="D",

@@ -33,18 +33,21 @@ LOWER_IS_BETTER = ("*/loss/*", "*/*/nats_per_token", "*/*/mse", "*/*/error")
         "near-chance",
         "plateau",
         "diverged",
+        "ema-lag",
     ),
     source="no number without its null",
     case="J, E",
     needs=("train/loss/*", "val/loss/*", "train/*/nats_per_token"),
     log="a loss with its null",
-    limits={"share": 0.02},
+    limits={"share": 0.02, "solved": 0.95, "by_chance": 0.3},
 )
 def no_learning(record: Record, limits: Limits) -> Iterator[Finding | NotMeasured]:
     """A loss is no better than its null model's.
 
-    Seen by the latest value, in training the median of the last quarter, beside its null: mean image, bigram model.
+    Seen by the latest value, in training the median of the last quarter, beside its null: mean image, bigram model. So
+    is a held-out accuracy that is hardly at any look surely above its own, that of the commonest answer.
     """
+    yield from _guesses(record, limits)
     found = record.matching(*LOWER_IS_BETTER)
     known = {n: s for n, s in found.items() if s.null is not None and "contrastive" not in n}
     if not known:
@@ -76,6 +79,26 @@ def no_learning(record: Record, limits: Limits) -> Iterator[Finding | NotMeasure
                     "no gradient reaches it: see dead-parameters and term-inert",
                     "input and target are not of the same item: look at a batch",
                 ),
+                step=int(s.steps[-1]),
+            )
+
+
+def _guesses(record: Record, limits: Limits) -> Iterator[Finding]:
+    """Held-out accuracies that were never above those of the commonest answer."""
+    for name, s in record.matching(*HITS).items():
+        if not name.startswith("val/") or "." in name or s.null is None or s.null > limits["solved"]:
+            continue  # of a kind of questions: see question-only
+        if len(s) < FEWEST or not record.settled(s):
+            continue
+        low = record.get(f"{name}_low")
+        least = s.values - limits["share"] if low is None or len(low) != len(s) else low.values
+        if least[-1] <= s.null and np.mean(least > s.null) < limits["by_chance"]:
+            yield Finding(
+                "no-learning",
+                "fail",
+                f"{name} is {s.value:.1%}, hardly ever surely above {s.null:.1%}, which needs no input.",
+                {"value": s.value, "null": s.null},
+                candidates=("answers are not of the same items: look at a batch", "another finding is its cause"),
                 step=int(s.steps[-1]),
             )
 
@@ -208,7 +231,7 @@ def _constants(record: Record, name: str, s: Series) -> dict[str, float]:
 
 @rule(
     id="overfitting",
-    follows=("near-chance", "high-noise-starved", "vocabulary-unreachable", "augmentation-inert"),
+    follows=("near-chance", "high-noise-starved", "vocabulary-unreachable", "augmentation-inert", "data-replaced"),
     source="no number without its null",
     case="V",
     needs=("train/*/nats_per_token", "train/loss/*"),

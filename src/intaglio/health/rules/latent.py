@@ -109,7 +109,7 @@ def _like_a_bias(record: Record, limits: Limits) -> Iterator[Finding | NotMeasur
 @rule(
     id="rank-collapse",
     symptom=True,
-    follows=("learning-rate-off", "norm-pinned", "near-chance", "diverged"),
+    follows=("learning-rate-off", "norm-pinned", "near-chance", "diverged", "prior-mismatch"),
     source="Roy & Vetterli 2007; Garrido et al. 2023",
     case="J: 7 of 256",
     needs=("val/*/covariance_rank",),
@@ -150,7 +150,7 @@ def rank_collapse(record: Record, limits: Limits) -> Iterator[Finding | NotMeasu
 @rule(
     id="anisotropic",
     symptom=True,
-    follows=("learning-rate-off", "norm-pinned", "near-chance", "diverged"),
+    follows=("learning-rate-off", "norm-pinned", "near-chance", "diverged", "prior-mismatch"),
     source="Gao et al. 2017; Rudman et al. 2022 (IsoScore)",
     case="J: measured its own 1e-6",
     needs=("val/*/participation_ratio",),

@@ -86,7 +86,7 @@ def ema_lag(record: Record, limits: Limits) -> Iterator[Finding | NotMeasured]:
     needs=("val/guidance/used", "train/condition/dropped_share"),
     log="the weight that samples are drawn with as val/guidance/used; without our configuration also the share of "
     "conditions that are dropped as train/condition/dropped_share",
-    limits={"seldom": 0.02, "often": 0.5},
+    limits={"seldom": 0.02, "often": 0.5, "nearly": 0.8},
 )
 def null_mismatch(record: Record, limits: Limits) -> Iterator[Finding]:
     """Guidance compares two branches, and one of them was hardly trained, or never.
@@ -112,7 +112,7 @@ def null_mismatch(record: Record, limits: Limits) -> Iterator[Finding]:
     elif drop > limits["often"] or (weight != 1 and drop < limits["seldom"]):
         seldom = "with a condition" if drop > limits["often"] else "without one"
         message = f"{drop:.1%} of conditions are dropped in training: the network is seldom trained {seldom}."
-        severity = "warning"
+        severity = "fail" if drop > limits["nearly"] else "warning"
     if message:
         yield Finding("null-mismatch", severity, message, evidence, again, step=record.last_step)
 

@@ -27,8 +27,10 @@ ASIDE = (*BESIDE, *QUANTISER)
 def term_inert(record: Record, limits: Limits) -> Iterator[Finding]:
     """A configured loss term has no gradient, or its value never changes.
 
-    Seen by the gradient norm of each term in the first steps and at each look; the spread of its logged values.
+    Seen by the gradient norm of each term in the first steps and at each look, beside the largest: what 32 bits round
+    off is none; the spread of its logged values.
     """
+    norms = record.matching("train/term.*/gradient_norm").values()
     weights = {n.rsplit("/", 1)[1]: s for n, s in record.matching("train/weight/*").items()}
     for term, s in terms(record).items():
         if term in weights and not weights[term].values.any():
@@ -40,7 +42,9 @@ def term_inert(record: Record, limits: Limits) -> Iterator[Finding]:
             s = s.after(int(s.steps[len(s) // 2]))
         norm = record.get(f"train/term.{term}/gradient_norm")
         flat = len(s) >= FEWEST and float(np.ptp(s.values)) <= limits["spread"] * max(1e-12, abs(s.value))
-        zero = norm is not None and not (norm.values > 0).any() and (len(norm) >= LOOKS or record.settled(norm))
+        looks = [n.values for n in norms if norm is not None and len(n) == len(norm)]
+        none = norm is not None and not (norm.values > limits["share"] * np.max(looks, axis=0)).any()
+        zero = none and norm is not None and (len(norm) >= LOOKS or record.settled(norm))
         if zero or flat:
             what = "its gradient is zero" if zero else f"it has been {s.value:.6g} in all {len(s)} rows"
             yield Finding(

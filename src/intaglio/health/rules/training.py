@@ -90,7 +90,7 @@ def non_finite(record: Record, limits: Limits) -> Iterator[Finding]:
 @rule(
     id="diverged",
     symptom=True,
-    follows=("learning-rate-off", "gradients-add-up", "term-inert"),
+    follows=("learning-rate-off", "gradients-add-up", "term-inert", "term-dominates"),
     source="robust z-score: Iglewicz & Hoaglin 1993",
     case="V and J: gradients to 81",
     needs=MINIMISED,
@@ -367,8 +367,8 @@ def _odd_course(s: Series, limits: Limits) -> Iterator[Finding]:
     change = np.diff(share)
     at_once = np.flatnonzero((change < -0.5 * share[:-1]) & (share[:-1] > 0.3))
     climbs = {k: np.diff(share[k + 1 :][:11]) for k in at_once}
-    slow = {k: up for k, up in climbs.items() if up.max() < limits["jump"] * up.sum()}  # a restart jumps
-    anew = [k for k, up in slow.items() if up.sum() > share[k + 1]]
+    climbed = {k: up for k, up in climbs.items() if up.sum() > share[k + 1]}
+    anew = [k for k, up in climbed.items() if up.max() < limits["jump"] * up.sum()]  # a restart jumps
     over = int(np.flatnonzero(share >= limits["nothing"])[-1]) + 1
     early = at_once[(at_once < len(s) // 10) & (share[-1] < limits["fallen"])]
     after, falls = share[peak:], -np.diff(share[peak:])
