@@ -2,10 +2,12 @@
 
 from collections.abc import Iterator
 
+import numpy as np
+
 from intaglio.health.finding import Finding, remedies
 from intaglio.health.record import Record
 from intaglio.health.rule import Limits, Rule, rule
-from intaglio.history import NotMeasured
+from intaglio.history import NotMeasured, Series
 
 
 @rule(
@@ -79,18 +81,19 @@ def decoder_ignores_latent(record: Record, limits: Limits) -> Iterator[Finding]:
     case="E: 69.4 %",
     needs=("val/*/accuracy_as_logged", "train/*/accuracy_as_logged"),
     log="the accuracy that the run reports as val/SITE/accuracy_as_logged, for the monitor to recompute",
-    limits={"points": 0.02},
+    limits={"points": 0.014},
 )
 def flattering_accuracy(record: Record, limits: Limits) -> Iterator[Finding | NotMeasured]:
     """START, padding or training tokens are counted in the accuracy.
 
-    Seen by the accuracy as it is logged beside the same one recomputed on held-out items without START and padding.
+    Seen by the accuracy as it is logged beside the same one recomputed on held-out items without START and padding, by
+    the median of their differences in the later half, since each is of other items.
     """
     for name, s in record.matching("val/*/accuracy_as_logged", "train/*/accuracy_as_logged").items():
         true = record.get(f"val/{name.split('/')[1]}/token_accuracy")
         if true is None:
             yield NotMeasured(f"{name} has no val/{name.split('/')[1]}/token_accuracy to be held against")
-        elif s.value - true.value > limits["points"]:
+        elif _surplus(s, true) > limits["points"]:
             yield Finding(
                 "flattering-accuracy",
                 "fail",
@@ -100,6 +103,13 @@ def flattering_accuracy(record: Record, limits: Limits) -> Iterator[Finding | No
                 remedies("count only tokens that are predicted: leave out START and padding, and use held-out items"),
                 step=int(s.steps[-1]),
             )
+
+
+def _surplus(logged: Series, true: Series) -> float:
+    """By how much the logged one is above the true one, in the later half of the looks at both."""
+    both, a, b = np.intersect1d(logged.steps, true.steps, return_indices=True)
+    differences = (logged.values[a] - true.values[b])[len(both) // 2 :]
+    return float(np.median(differences)) if len(both) else logged.value - true.value
 
 
 @rule(
