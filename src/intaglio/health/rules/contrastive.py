@@ -145,7 +145,7 @@ def context_order_inert(record: Record, limits: Limits) -> Iterator[Finding | No
     source="Radford et al. 2021, section 2.5",
     case="J",
     needs=("*/*/temperature",),
-    log="the temperature as train/contrastive/temperature, its clamp as null",
+    log="the temperature as train/contrastive/temperature, its clamp as null, one on a schedule without",
     limits={"relative": 1e-6},
 )
 def temperature_stuck(record: Record, limits: Limits) -> Iterator[Finding]:

@@ -80,7 +80,7 @@ def decoder_ignores_latent(record: Record, limits: Limits) -> Iterator[Finding]:
     source="counting",
     case="E: 69.4 %",
     needs=("val/*/accuracy_as_logged", "train/*/accuracy_as_logged"),
-    log="the accuracy that the run reports as val/SITE/accuracy_as_logged, for the monitor to recompute",
+    log="the accuracy that the run reports as val/SITE/accuracy_as_logged, the true one as val/SITE/token_accuracy",
     limits={"points": 0.01, "unsure": 0.02, "errors": 2.0},
 )
 def flattering_accuracy(record: Record, limits: Limits) -> Iterator[Finding | NotMeasured]:
