@@ -41,6 +41,8 @@ def said(rule, given, facts=None):
         ("rank-collapse", {"val/z/covariance_rank": looks(2.5, null=60, n=512)}, {}, ["warning"]),
         ("rank-collapse", {"val/z/covariance_rank": looks(1.1, null=60, n=512)}, {}, ["fail"]),
         ("anisotropic", {"val/z/participation_ratio": looks(1, null=1)}, {}, []),
+        ("anisotropic", {"val/z/participation_ratio": looks(1.1, null=8)}, {}, ["warning"]),
+        ("anisotropic", {"val/z/participation_ratio": looks(1.01, null=8)}, {}, ["fail"]),
         ("near-chance", {"val/loss/infonce": looks(8.6, null=9.07)}, {}, ["fail"]),
         ("near-chance", {"val/loss/itc": looks(8.6, null=9.07)}, {}, ["fail"]),
         ("near-chance", {"val/loss/infonce": looks(7.98, null=9.07)}, {}, ["warning"]),
@@ -60,6 +62,8 @@ def said(rule, given, facts=None):
         ("weight-not-applied", APPLIED, {}, []),
         ("kl-units", {"val/a/kl_nats": looks(3), "val/b/kl_nats": looks(2), "train/loss/kl": series(5)}, {}, []),
         ("kl-units", {"val/a/kl_nats": looks(30), "train/loss/kld": series(0.03)}, {}, ["warning"]),
+        ("kl-units", {"val/a/kl_nats": looks(3), "train/loss/kl": series(-5)}, {}, []),
+        ("codebook-collapse", {"val/codes/perplexity": looks(1.2, null=12)}, {}, ["fail"]),
         ("quantiser-loss-missing", CODES | {"train/loss/nll": series(HEALTHY)}, {}, []),
         ("quantiser-loss-missing", CODES | {"train/loss/commit": series(HEALTHY)}, {}, []),
         (
@@ -98,6 +102,8 @@ def said(rule, given, facts=None):
         ("learning-rate-off", {"train/optimizer/rate": series(np.repeat(np.arange(1, 6), 20) / 5)}, {}, ["fail"]),
         ("learning-rate-off", {"train/optimizer/rate": series(WARM)}, {}, []),
         ("learning-rate-off", {"train/optimizer/rate": series(COARSE)}, {}, []),
+        ("learning-rate-off", {"train/optimizer/rate": series(0.9 ** np.repeat(np.arange(7), 15)[:100])}, {}, []),
+        ("learning-rate-off", {"train/optimizer/rate": series(1 - np.linspace(0, 0.5, 100))}, {}, ["fail"]),
         (
             "latent-ignores-input",
             {"val/z/varying_share": looks(5e-4), "val/z/std": looks(0.3)},

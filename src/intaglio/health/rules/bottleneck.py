@@ -18,7 +18,7 @@ KL_TERMS = tuple(f"{split}/loss/{name}" for split in ("train", "val") for name i
 
 @rule(
     id="posterior-collapse",
-    follows=("diverged", "dead-parameters", "temperature-misstates-rate"),
+    follows=("dead-parameters", "temperature-misstates-rate"),
     source="Bowman et al. 2016; He et al. 2019",
     needs=("val/*/kl_nats", *KL_TERMS),
     log="KL(q(z|x) || N(0, I)) per item, raw, as val/SITE/kl_nats",
@@ -220,6 +220,9 @@ def kl_units(record: Record, limits: Limits) -> Iterator[Finding | NotMeasured]:
         yield early
         return
     nats, applied = read.value, float(np.median(term.values[-max(1, len(term) // 4) :]))
+    if applied < 0:
+        yield NotMeasured(f"{name} is {applied:.4g}, which no KL can be: an estimate by few draws, or weighed")
+        return
     factor, whole = (n / max(applied, 1e-12) for n in (nats, sum(s.value for s in measured.values())))
     if nats > 1e-3 and not any(1 / limits["factor"] < f < limits["factor"] for f in (factor, whole)):
         beta = "" if weight is None else f" Its weight of {weight.value:g} is a β of {weight.value / factor:.2g}."

@@ -39,9 +39,9 @@ TERMS = tuple(f"train/loss/*{word}*" for word in QUANTISER)
 def codebook_collapse(record: Record, limits: Limits) -> Iterator[Finding | NotMeasured]:
     """Few codes are used.
 
-    Seen by perplexity of the codes over that of uniform codes at the same token count; the share of codes in use. Where
-    the number of codes is not known: by a perplexity of one or two, or one that fell to a tenth of its highest. What
-    another program's data need is not known, so its limits are half of ours.
+    Seen by perplexity of the codes over that of uniform codes at the same token count, both less 1, which is the least;
+    the share of codes in use. Where the number of codes is not known: by a perplexity of one or two, or one that fell
+    to a tenth of its highest. What another program's data need is not known, so its limits are half of ours.
     """
     if record.foreign:
         yield from _few_codes(record, limits)
@@ -52,10 +52,10 @@ def codebook_collapse(record: Record, limits: Limits) -> Iterator[Finding | NotM
             yield NotMeasured(f"{name} has no null: log the number of codes and of tokens that it rests on")
         elif early := record.early(name):
             yield early
-        elif s.value < limits["warning"] * factor * s.null:
+        elif s.value - 1 < limits["warning"] * factor * (s.null - 1):
             yield Finding(
                 "codebook-collapse",
-                "fail" if s.value < limits["fail"] * factor * s.null else "warning",
+                "fail" if s.value - 1 < limits["fail"] * factor * (s.null - 1) else "warning",
                 f"The codes of {name.split('/')[1]} are used as if there were {s.value:.0f}; uniform codes would reach "
                 f"{s.null:.0f} on as many tokens.",
                 {"perplexity": s.value, "null": s.null},

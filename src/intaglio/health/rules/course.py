@@ -181,3 +181,10 @@ def gap(train: Series, val: Series, kept: float = 0.2, fall: float = 0.3) -> Gap
     late = float(np.median(after))
     fallen = 1 - late / float(np.median(before))
     return Gap(late, level, since, fallen) if fallen > fall else None
+
+
+def geometric(rates: np.ndarray) -> bool:
+    """Whether each fall is by one factor: such a schedule has no end that it could miss."""
+    falls = -np.diff(np.log(np.maximum(rates, 1e-12)))
+    falls = falls[falls > 1e-9]
+    return bool(np.ptp(falls) < 0.1 * falls.mean())

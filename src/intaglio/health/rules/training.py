@@ -390,7 +390,7 @@ def _odd_course(s: Series, limits: Limits) -> Iterator[Finding]:
         if gradual and len(after) - flat > 0.6 * len(share):
             message = f"The rate has reached its floor at step {int(s.steps[peak + flat]):,}, and stays there."
             severity = "fail" if after[-1] < limits["floor"] else "warning"
-        elif gradual and after[-1] > 0.3 and late > 0.8 * falls.mean():
+        elif gradual and after[-1] > 0.3 and late > 0.8 * falls.mean() and not course.geometric(after):
             message = f"The rate ends at {after[-1]:.0%} of its peak, and still falls as fast as ever."
         step = int(s.steps[-1])
     elif share[-1] > 0.3 and (change[-5:] > 0).all() and share[peak:].min() < 0.05:
