@@ -170,7 +170,7 @@ def _risen(s: Series) -> bool:
     case="J: .0202 was the collapsed SIGReg",
     needs=("train/loss/*",),
     log="each loss term",
-    limits={"flat": 0.01, "close": 0.005, "collapsed": 0.035},
+    limits={"flat": 0.01, "close": 0.0025, "collapsed": 0.035},
 )
 def plateau(record: Record, limits: Limits) -> Iterator[Finding | NotMeasured]:
     """A loss stands at a constant that means that nothing is learnt.
@@ -242,7 +242,7 @@ def _constants(record: Record, name: str, s: Series) -> dict[str, float]:
         "worse": 0.1,
         "lost": 1.25,
         "apart": 1.5,
-        "given_up": 0.2,
+        "given_up": 0.3,
         "gap_warning": 2.0,
         "gap_fail": 3.0,
     },
@@ -251,8 +251,8 @@ def overfitting(record: Record, limits: Limits) -> Iterator[Finding | NotMeasure
     """The gain over the null on training items does not carry over to held-out items.
 
     Seen by the same quantity of the same weights in the same mode, on training and on held-out items, beside the null:
-    it fails where less than half of the gain is left, or a fifth of what held-out items had was given up again while
-    training's loss went on falling.
+    it fails where less than half of the gain is left, or three tenths of what held-out items had was given up again
+    while training's loss went on falling.
     """
     pairs = {n: (s, record.get("val" + n.removeprefix("train"))) for n, s in record.matching("train/*/*").items()}
     judged = [n for n in pairs if not any(word in n for word in ASIDE)]

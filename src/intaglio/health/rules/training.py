@@ -95,7 +95,7 @@ def non_finite(record: Record, limits: Limits) -> Iterator[Finding]:
     case="V and J: gradients to 81",
     needs=MINIMISED,
     log="the loss, at least forty times",
-    limits={"deviations": 8.0, "share_lost": 0.5, "least": 0.05, "exploded": 3.0},
+    limits={"deviations": 8.0, "share_lost": 0.5, "least": 0.05, "exploded": 4.0},
 )
 def diverged(record: Record, limits: Limits) -> Iterator[Finding | NotMeasured]:
     """A loss leaves its own past for good.
