@@ -23,6 +23,10 @@ CLAMPED = {"train/loss/kl": series(np.minimum(STEPS / 200, 0.5)), "train/weight/
 HUMP = np.where((STEPS > 180) & (STEPS < 220), 9.0, 2.0 + 0.01 * NOISE)
 LATE = np.array([0.1] * 9 + [0.3])
 ROUNDED = {"train/loss/a": series(HEALTHY), "train/loss/b": series(HEALTHY), "train/term.a/gradient_norm": looks(2)}
+LOST = {
+    "train/loss/nll": series(np.where(STEPS < 1000, 2.0, 3.1), null=3.0),
+    "val/loss/nll": looks(np.where(np.arange(10) < 5, 2.0, 3.1), null=3.0),
+}
 FALLEN = 3 * (1 - np.exp(-STEPS / 300))
 TURNED = np.array([-1.0, -1.8, -2.0, -1.9, -1.8, -1.6, -1.4, -1.2, -1.0, -0.9])
 STEEPER = np.array([2.0, 1.2, 0.8, 0.8, 0.9, 1.2, 1.3, 1.4, 1.5, 1.6])
@@ -51,6 +55,8 @@ def said(rule, given, facts=None):
         ("no-learning", {"train/loss/a": series(HEALTHY), "val/digit/accuracy": looks(0.1, null=0.1)}, {}, ["fail"]),
         ("no-learning", {"train/loss/a": series(HEALTHY), "val/digit/accuracy": looks(LATE, null=0.1)}, {}, []),
         ("no-learning", {"train/loss/a": series(HEALTHY), "val/answer.size/accuracy": looks(0.1, null=0.1)}, {}, []),
+        ("no-learning", LOST | {"train/weight/nll": series(1.0)}, {}, ["fail"]),
+        ("no-learning", LOST | {"train/weight/nll": series(np.where(STEPS < 1000, 1.0, 0.01))}, {}, []),
         ("diverged", {"train/loss/nce": series(EASY, null=7), "val/loss/nce": looks(3, null=7)}, {}, ["warning"]),
         ("diverged", {"train/loss/total": series(UP)}, {}, ["fail"]),
         ("diverged", {"train/loss/total": series(UP)}, {"moving_targets": ["teacher.weight"]}, ["warning"]),

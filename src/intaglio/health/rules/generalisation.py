@@ -39,7 +39,7 @@ LOWER_IS_BETTER = ("*/loss/*", "*/*/nats_per_token", "*/*/mse", "*/*/error")
     case="J, E",
     needs=("train/loss/*", "val/loss/*", "train/*/nats_per_token"),
     log="a loss with its null",
-    limits={"share": 0.02, "solved": 0.95, "by_chance": 0.3},
+    limits={"share": 0.02, "solved": 0.95, "by_chance": 0.3, "faded": 0.1},
 )
 def no_learning(record: Record, limits: Limits) -> Iterator[Finding | NotMeasured]:
     """A loss is no better than its null model's.
@@ -64,8 +64,11 @@ def no_learning(record: Record, limits: Limits) -> Iterator[Finding | NotMeasure
         value = float(np.median(late))  # of single batches one alone says little
         gone = s.null - 10 * limits["share"] * abs(s.null)
         never = held_out is not None and held_out.null and float(held_out.values.min()) >= held_out.null
-        if len(s) >= 4 * FEWEST and not never and float(rolling_median(s.values, FEWEST).min()) < gone:
-            continue  # it had learnt, and has lost it: see diverged
+        weight = record.get(f"train/weight/{name.rpartition('/')[2]}")
+        faded = weight is not None and weight.value < limits["faded"] * weight.values.max()
+        lost = held_out is not None and bool(held_out.null) and held_out.value >= (held_out.null or 0) and not faded
+        if len(s) >= 4 * FEWEST and not never and not lost and float(rolling_median(s.values, FEWEST).min()) < gone:
+            continue  # it had learnt, and has lost some of it: see diverged
         size = s.null if s.null > 0 else max(float(s.values[0]) - s.null, 0.0)  # densities have losses below 0
         least = s.null - limits["share"] * size
         if s.null and value >= least and record.settled(s):
