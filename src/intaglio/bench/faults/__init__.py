@@ -1,6 +1,6 @@
 """Are our verdicts right? Trainings into which a fault was put, and healthy ones: ``intaglio bench faults``.
 
-    intaglio bench faults --level smoke          # a fault of each program, some healthy ones: five minutes
+    intaglio bench faults --level smoke          # of every second program a fault, some healthy ones: five minutes
     intaglio bench faults                        # everything; goes on where it was stopped
     intaglio bench faults --minutes 30           # as much of it as begins within half an hour
     intaglio bench faults --only vae --more mine # one family; and those of your own folder
