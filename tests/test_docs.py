@@ -205,7 +205,7 @@ def test_unreadable_images_are_skipped_by_name(
         assert "hidden" not in str(answer)
 
 
-ROUNDS = sorted((ROOT / "benchmarks" / "rounds").glob("*.json"))
+ROUNDS = sorted((ROOT / "benchmarks" / "rounds").glob("*.json"), key=lambda path: int(path.stem.split("-")[1]))
 
 
 @pytest.mark.parametrize("file", [*sorted((ROOT / "benchmarks").glob("*.json")), ROUNDS[-1]], ids=lambda p: p.stem)

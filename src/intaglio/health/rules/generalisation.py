@@ -168,12 +168,12 @@ def _risen(s: Series) -> bool:
 @rule(
     id="plateau",
     symptom=True,
-    follows=("learning-rate-off", "gradients-add-up", "near-chance"),
+    follows=("learning-rate-off", "gradients-add-up", "near-chance", "no-learning"),
     source="no number without its null",
     case="J: .0202 was the collapsed SIGReg",
     needs=("train/loss/*",),
     log="each loss term",
-    limits={"flat": 0.01, "close": 0.0025, "collapsed": 0.035},
+    limits={"flat": 0.01, "close": 0.005, "collapsed": 0.035},
 )
 def plateau(record: Record, limits: Limits) -> Iterator[Finding | NotMeasured]:
     """A loss stands at a constant that means that nothing is learnt.
