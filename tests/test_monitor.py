@@ -6,6 +6,7 @@ import subprocess
 import sys
 
 import lightning as L
+import polars as pl
 import pytest
 import torch
 from torch import nn
@@ -15,7 +16,7 @@ from intaglio.cli import main
 from intaglio.health import panel
 from intaglio.health.lightning import MonitorCallback
 from intaglio.health.monitor import Monitor, Stopped
-from intaglio.history import Reading, read_history
+from intaglio.history import NotMeasured, Reading, read_history
 
 
 def data(n, seed=0):
@@ -394,6 +395,31 @@ def test_an_argument_that_the_monitor_does_not_have_is_refused_at_once(tmp_path)
 ])  # fmt: skip
 def test_latents_that_cannot_be_judged_are_not_measured_and_never_healthy(x, said):
     assert said in panel.latents(x)["covariance_rank"].reason
+
+
+def test_what_an_instrument_cannot_tell_is_logged_with_its_reason_until_it_can(tmp_path):
+    monitor = Monitor(nn.Linear(32, 8), folder=tmp_path / "run")
+    monitor.validated(panel.latents(torch.ones(1, 8)) | {"val/latent/std": NotMeasured("N too small")})
+    assert monitor.missing["val/latent/std"] == "N too small"
+    monitor.look()
+    assert {"quantity": "val/latent/std", "reason": "N too small"} in monitor.judge().not_measured
+    monitor.validated({"val/latent/std": 1.0})
+    assert "val/latent/std" not in monitor.missing
+
+
+def test_a_frozen_part_that_kept_a_gradient_of_its_own_training_is_left_in_peace(tmp_path):
+    model = Autoencoder()
+    model(data(8)).sum().backward()
+    model.encoder.requires_grad_(False)
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], 1e-3)
+    with Monitor(model, optimizer, folder=tmp_path / "run", log_every=1) as monitor:
+        optimizer.zero_grad()
+        loss = model(data(8)).square().mean()
+        loss.backward()
+        monitor.step(loss)
+    norm = read_history(monitor.folder.metrics).filter(pl.col("name") == "train/optimizer/gradient_norm")["value"]
+    due = torch.stack([p.grad.norm() for p in model.parameters() if p.requires_grad]).norm()
+    assert norm.to_list() == pytest.approx([float(due)])
 
 
 def test_ids_are_refused_with_what_to_do(tmp_path):

@@ -441,6 +441,12 @@ def test_augmentation_is_change_and_variety(change, changed, variety):
     assert found == audits.augmentation(change, x)
 
 
+def test_an_augmentation_that_changes_the_size_is_a_change():
+    x = normal(50, 3, 8)
+    assert audits.augmentation(lambda x: x[:, :4], x) == {"changed": 1.0, "variety": 0.0}
+    assert audits.augmentation(lambda x: x[:, : int(torch.randint(1, 9, ()))], x)["variety"] > 0.5
+
+
 def test_ranges_are_those_of_the_targets_and_leaks_are_equal_bytes():
     x = torch.tensor([[-0.5, 2.0], [0.0, 1.0]]).bfloat16().requires_grad_()
     assert audits.ranges(x, -1, 1) == {"target_low": -0.5, "target_high": 2.0, "low": -1, "high": 1}

@@ -89,7 +89,8 @@ class Leftovers:
         """Between backward and the update. What was not updated since the last look gathers micro-batches by right."""
         if self.watched is None:
             self.watched = next(
-                (p for p in parameters if p.is_leaf and p.grad is not None and bool(p.grad.any())), None
+                (p for p in parameters if p.requires_grad and p.is_leaf and p.grad is not None and bool(p.grad.any())),
+                None,
             )
             if self.watched is None:
                 return
@@ -207,7 +208,7 @@ def ranges(targets: Tensor, low: float, high: float) -> dict[str, float]:
 
 
 def augmentation(change: Callable[[Tensor], Tensor], items_B: Tensor, draws: int = 4) -> dict[str, float]:
-    """The share of items that ``change`` alters, and the share for which two draws differ.
+    """The share of items that ``change`` alters, in size or in value, and the share for which two draws differ.
 
     Chance comes from a fixed seed, be it torch's, CUDA's, Python's or numpy's.
     """
@@ -217,10 +218,15 @@ def augmentation(change: Callable[[Tensor], Tensor], items_B: Tensor, draws: int
             torch.cuda.manual_seed_all(0)
         random.seed(0)
         np.random.seed(0)
-        made = [torch.stack([change(x) for x in items_B]) for _ in range(draws)]
-    changed = np.mean([(m != items_B).flatten(1).any(1).double().mean().item() for m in made])
-    differ = (torch.stack([(m != made[0]).flatten(1).any(1) for m in made[1:]])).any(0).double().mean()
-    return {"changed": float(changed), "variety": float(differ)}
+        made = [[change(x) for x in items_B] for _ in range(draws)]
+    changed = np.mean([_differ(m, x) for drawn in made for m, x in zip(drawn, items_B, strict=True)])
+    variety = np.mean([any(_differ(m, of_item[0]) for m in of_item[1:]) for of_item in zip(*made, strict=True)])
+    return {"changed": float(changed), "variety": float(variety)}
+
+
+def _differ(a: Tensor, b: Tensor) -> bool:
+    """NaN differs from itself."""
+    return a.shape != b.shape or bool((a != b).any())
 
 
 def loaded(model: nn.Module, state: Mapping[str, Tensor]) -> dict[str, list[str]]:

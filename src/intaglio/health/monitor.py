@@ -33,7 +33,7 @@ from intaglio.health.notify import Notifier
 from intaglio.health.plan import load_plan
 from intaglio.health.record import Growing, Record
 from intaglio.health.rules import all_rules
-from intaglio.history import HistoryWriter, Measured, Reading
+from intaglio.history import HistoryWriter, Measured, NotMeasured, Reading
 from intaglio.history.run_folder import RunFolder, write_atomically
 
 Loss = Tensor | float | tuple[Tensor | float, float]
@@ -140,7 +140,7 @@ class Monitor:
         self.count += 1
         pairs = _weighed(losses)
         row = self.count % self.log_every == 0 or self.count == self.start + 1
-        gradients = [g for p in self._parameters if (g := p.grad) is not None]
+        gradients = [g for p in self._parameters if p.requires_grad and (g := p.grad) is not None]
         parts = [(_square if row else _sum)(g) for g in gradients]
         *numbers, whole = _numbers([value for value, _ in pairs.values()], parts)
         if not math.isfinite(sum(numbers)) or not (self.scaled or math.isfinite(whole)):
@@ -159,7 +159,10 @@ class Monitor:
             self.look()
 
     def before_backward(self, losses: Mapping[str, Loss]) -> None:
-        """Before ``backward()``, if you like: at each look, norm, share and cosine of each term's gradient."""
+        """Before ``backward()``, if you like: at each look, norm, share and cosine of each term's gradient.
+
+        ``losses`` are the terms with their weights, without their total.
+        """
         if not self._due(self.count + 1):
             return
         weighted = {name: weight * value for name, (value, weight) in _weighed(losses).items() if weight}
@@ -201,18 +204,17 @@ class Monitor:
             with self._probing():
                 for site, measured in self.read(self.model, self.probe).items():
                     found.add(site, measured)
-        self.missing = found.missing
-        self._write(found.readings)
+        self._write({**found.readings, **{name: NotMeasured(why) for name, why in found.missing.items()}})
         return self.judge()
 
-    def log(self, numbers: Mapping[str, float | Reading], split: str = "train") -> None:
+    def log(self, numbers: Mapping[str, float | Measured], split: str = "train") -> None:
         """Numbers of your own at the present step, by full name (``val/loss/caption``) or, as losses, by their own.
 
         A term that ``step`` was given, and ``val_loss`` or the like, is a loss; the rest is filed under ``logged``.
         """
         self._write({_full(name, split, self.terms): value for name, value in numbers.items()})
 
-    def validated(self, numbers: Mapping[str, float | Reading]) -> None:
+    def validated(self, numbers: Mapping[str, float | Measured]) -> None:
         """``log`` for held-out numbers."""
         self.log(numbers, "val")
 
@@ -290,13 +292,8 @@ class Monitor:
             torch.save({"batch": None, **state}, file)
             kept = f" The weights are in {file}; the batch could not be kept ({type(error).__name__}: {error})."
         told = ", ".join(f"{name} {value:.4g}" for name, value in {**losses, "gradient norm": norm}.items())
-        finding = Finding(
-            "non-finite",
-            "fail",
-            f"Step {self.count}: {told}. The update was not made.",
-            {"step": self.count},
-            step=self.count,
-        )
+        message = f"Step {self.count}: {told}. The update was not made."
+        finding = Finding("non-finite", "fail", message, {"step": self.count}, step=self.count)
         rows = {f"train/loss/{name}": value for name, value in losses.items()}
         self._write(rows | {"train/optimizer/gradient_norm": norm})
         self.history.flush()
@@ -380,8 +377,11 @@ class Monitor:
         with audits.undisturbed(self.model), torch.no_grad(), torch.compiler.set_stance("force_eager"):
             yield
 
-    def _write(self, rows: Mapping[str, float | Reading], step: int | None = None) -> None:
-        readings = {n: v if isinstance(v, Reading) else Reading(v, self.nulls.get(n)) for n, v in rows.items()}
+    def _write(self, rows: Mapping[str, float | Measured], step: int | None = None) -> None:
+        told = {n: m for n, m in rows.items() if not isinstance(m, NotMeasured)}
+        self.missing = {n: why for n, why in self.missing.items() if n not in told}
+        self.missing |= {n: m.reason for n, m in rows.items() if isinstance(m, NotMeasured)}
+        readings = {n: v if isinstance(v, Reading) else Reading(v, self.nulls.get(n)) for n, v in told.items()}
         step = self.count if step is None else step
         self.history.write(step, 0.0, readings)
         self.growing.add(step, readings)
