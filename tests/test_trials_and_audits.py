@@ -457,4 +457,6 @@ def test_ranges_are_those_of_the_targets_and_leaks_are_equal_bytes():
     assert audits.leaks(train, train[:, ::-1]) == 0
     assert audits.leaks([b"a", b"bc"], [b"bc", b"ab", b"", b"a"]) == 2
     assert audits.leaks([x.tobytes() for x in train], held_out) == 3
+    assert audits.leaks(["Doré", "Dürer"], ["Dürer", "Dure", "Dürer"]) == 2
+    assert audits.leaks(np.arange(5), np.arange(3, 9)) == 2
     assert audits.leaks([], held_out) == audits.leaks(train, []) == 0

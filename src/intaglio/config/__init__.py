@@ -96,6 +96,10 @@ STRUCTURAL = (
 """Beginnings of keys that decide what a checkpoint holds."""
 
 
+_read_before: dict[tuple[Any, ...], Config] = {}
+"""A run's configuration is read at each look, and parsing it takes a tenth of a second."""
+
+
 def recipes() -> list[str]:
     """Names of the recipes that come with the package."""
     return sorted(f.name.removesuffix(".yaml") for f in _recipe_folder().iterdir() if f.name.endswith(".yaml"))
@@ -121,8 +125,6 @@ def from_dict(tree: Mapping[str, Any], overrides: Sequence[str] = (), where: str
     Raises:
         ValueError: an unknown system, key or value; the message names the nearest right one.
     """
-    import jsonargparse
-
     system = tree.get("system")
     if not isinstance(system, str) or system not in SYSTEMS:
         raise ValueError(f"{where}: system is {system!r}; it must be one of: {', '.join(SYSTEMS)}.")
@@ -134,17 +136,26 @@ def from_dict(tree: Mapping[str, Any], overrides: Sequence[str] = (), where: str
             _check_path(word[2:].split("=", 1)[0], kind)
         elif word.startswith("-") and not _is_number(word):
             raise ValueError(f"{word}: options are written --key.sub value, for example --train.steps 500.")
-    parser = jsonargparse.ArgumentParser(exit_on_error=False)
-    parser.add_class_arguments(kind, nested_key=None)
+    known = system, repr(tree), tuple(overrides)
+    if known in _read_before:
+        return _read_before[known]
     try:
-        parsed = parser.parse_object(dict(tree))
-        if overrides:
-            parsed = parser.parse_args(list(overrides), namespace=parsed)
-        config = kind(**vars(parser.instantiate(parsed)))
+        config = _parsed(kind, dict(tree), overrides)
     except Exception as error:  # jsonargparse raises several unrelated types for a wrong value
         raise ValueError(f"{where}: {' '.join(str(error).split())}") from None
     check_values(config)
-    return config
+    return _read_before.setdefault(known, config)
+
+
+def _parsed(kind: type[Config], tree: dict[str, Any], overrides: list[str]) -> Config:
+    import jsonargparse
+
+    parser = jsonargparse.ArgumentParser(exit_on_error=False)
+    parser.add_class_arguments(kind, nested_key=None)
+    parsed = parser.parse_object(tree)
+    if overrides:
+        parsed = parser.parse_args(overrides, namespace=parsed)
+    return kind(**vars(parser.instantiate(parsed)))
 
 
 def to_dict(config: Config) -> dict[str, Any]:

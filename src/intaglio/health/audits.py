@@ -240,13 +240,15 @@ def loaded(model: nn.Module, state: Mapping[str, Tensor]) -> dict[str, list[str]
     }
 
 
-def leaks(train: Sequence[bytes] | np.ndarray, held_out: Sequence[bytes] | np.ndarray) -> int:
-    """How many held-out items are exactly one of the training items."""
-    seen = {hashlib.blake2b(bytes(np.ascontiguousarray(x)) if isinstance(x, np.ndarray) else x).digest() for x in train}
-    return sum(
-        hashlib.blake2b(bytes(np.ascontiguousarray(x)) if isinstance(x, np.ndarray) else x).digest() in seen
-        for x in held_out
-    )
+def leaks(train: Sequence[bytes | str] | np.ndarray, held_out: Sequence[bytes | str] | np.ndarray) -> int:
+    """How many held-out items are exactly one of the training items: arrays row by row, bytes, or names of groups."""
+    seen = {_of_item(x) for x in train}
+    return sum(_of_item(x) in seen for x in held_out)
+
+
+def _of_item(item: bytes | str | np.ndarray) -> bytes:
+    raw = item.encode() if isinstance(item, str) else item
+    return hashlib.blake2b(raw if isinstance(raw, bytes) else np.ascontiguousarray(raw).tobytes()).digest()
 
 
 def _digest(tensor: Tensor) -> str:
