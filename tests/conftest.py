@@ -24,6 +24,7 @@ TINY = [
     "--train.device=cpu",
     "--train.log_every=1",
     "--train.validate_every=10",
+    "--train.checkpoint_every=5",
     "--train.validate_items=24",
     "--train.ema=0.9",
     "--data.items=300",

@@ -24,7 +24,8 @@ from intaglio.sampling.guidance import Guidance
 from intaglio.training.kinds import kind_of
 
 COMMON = [
-    *("--train.steps=20", "--train.batch_size=8", "--train.log_every=1", "--train.validate_every=5", "--train.keep=9"),
+    *("--train.steps=20", "--train.batch_size=8", "--train.log_every=1", "--train.validate_every=10", "--train.keep=9"),
+    "--train.checkpoint_every=5",
     *("--train.validate_items=24", "--train.ema=0.9", "--train.precision=fp32", "--optim.warmup=4"),
     *("--data.items=120", "--data.image_size=16", "--health.probe=24"),
 ]

@@ -296,7 +296,7 @@ def test_a_plan_keeps_weights_calls_and_stops_a_training_and_changes_no_weight(
     ]
     plan = tmp_path / "plan.yaml"
     plan.write_text(yaml.safe_dump(lines))
-    words = tiny(tmp_path, "--train.keep=1", "--quiet", "--plan", str(plan))
+    words = tiny(tmp_path, "--train.keep=1", "--train.validate_every=5", "--quiet", "--plan", str(plan))
     assert main(["train", "multimodal-small", *words]) == 1
     run = find(tmp_path / "a")
     stop = f"plan: never {LOSS} above 0 for 2 readings from step 8 on"

@@ -147,7 +147,7 @@ TINY = """
 seeds: [0, 1]
 metrics: {val/round_trip/r2: higher, val/round_trip/psnr: higher}
 common:
-  train: {steps: 20, batch_size: 8, log_every: 1, validate_every: 5, validate_items: 24, ema: 0.9, device: cpu}
+  train: {steps: 20, batch_size: 8, log_every: 1, validate_every: 10, validate_items: 24, ema: 0.9, device: cpu}
   optim.warmup: 4
   data: {items: 120, image_size: 16}
   health.probe: 24
