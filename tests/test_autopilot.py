@@ -9,7 +9,14 @@ from intaglio.history.run_folder import RunFolder
 from intaglio.reports.changelog import changelog, markdown_document
 from intaglio.systems.base import NonFiniteStep
 
-SHORT = ("--train.steps=120", "--train.validate_every=20", "--prior.layers=0", "--health.probe=64", "--train.keep=9")
+SHORT = (
+    "--train.steps=120",
+    "--train.validate_every=20",
+    "--train.checkpoint_every=0",
+    "--prior.layers=0",
+    "--health.probe=64",
+    "--train.keep=9",
+)
 
 
 @pytest.mark.slow

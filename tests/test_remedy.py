@@ -15,7 +15,14 @@ from intaglio.history.run_folder import RunFolder
 from intaglio.training.remedy import judged, remedies, try_remedies
 from intaglio.training.run import branch
 
-SHORT = ("--train.steps=120", "--train.validate_every=20", "--prior.layers=0", "--health.probe=64", "--train.keep=9")
+SHORT = (
+    "--train.steps=120",
+    "--train.validate_every=20",
+    "--train.checkpoint_every=0",
+    "--prior.layers=0",
+    "--health.probe=64",
+    "--train.keep=9",
+)
 
 
 @pytest.fixture(scope="module")
