@@ -16,7 +16,7 @@ DATA = Path(__file__).parents[2] / "shared" / "data" / "engravings"
 def test_real_engravings_are_memorised_and_the_summary_says_so(
     name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    small = "--data.image_size 32 --data.text_length 24 --model.latent 64 --model.channels [16,16,32] --prior.steps 20"
+    small = "--data.image_size 32 --data.text_length 24 --model.latent 64 --model.channels [16,16,32] --prior.layers 0"
     words = f"{small} --train.steps 160 --train.validate_every 40 --train.batch_size 32 --train.patience 0"
     words += f" --train.precision fp32 --data.cache {tmp_path / 'cache'}"
     command = ["train", "multimodal-folder", "--data.source", str(DATA / name), "--runs", str(tmp_path)]

@@ -439,12 +439,12 @@ def _sum(gradient: Tensor) -> Tensor:
 
 def _numbers(values: Sequence[Tensor | float], parts: Sequence[Tensor]) -> list[float]:
     """Values and the sum of the parts in one synchronisation, before the update that they may prevent."""
-    tensors = [t.detach() for t in (*values, *parts) if isinstance(t, Tensor)]
-    device = next((t.device for t in tensors if t.device.type != "cpu"), None)
+    tensors = [*(v for v in values if isinstance(v, Tensor)), *parts]
+    device = next((t.device for t in tensors if not t.is_cpu), None)
     if device is None:
         known = [t.item() for t in tensors]
     else:
-        known = torch.stack([t.float().reshape(()).to(device) for t in tensors]).tolist()
+        known = torch.stack([t.detach().float().reshape(()).to(device) for t in tensors]).tolist()
     rest = iter(known)
     return [*(next(rest) if isinstance(v, Tensor) else float(v) for v in values), sum(rest)]
 
