@@ -6,7 +6,8 @@
     intaglio bench faults --only vae --more mine # one family; and those of your own folder
 
 Trainings are kept in ``runs/bench-faults/<family>/<case>-<seed>``, with a table of all outcomes as Parquet beside them.
-Published are the judged families; the others are those that limits of rules were set on. docs/faults.md says more.
+Published are the judged families, of the full level; the others are those that limits of rules were set on.
+docs/faults.md says more.
 """
 
 import os
@@ -50,7 +51,7 @@ def measure(
     judge.write(outcomes, PLACE / "outcomes.parquet")
     explained = yaml.safe_load((files("intaglio.bench.faults") / "explained.yaml").read_text(encoding="utf-8")) or {}
     rules = sorted({r.id for r in all_rules()} | set(before_training()))
-    published = [o for o in outcomes if o.split == "judged"]
+    published = [o for o in outcomes if o.split == "judged" and level == "full"]
     return score.scores(published or outcomes), {
         "level": level,
         "trainings": len(outcomes),
