@@ -21,6 +21,7 @@ from intaglio.history import read_history
 from intaglio.history.run_folder import RunFolder
 
 GOLDEN = Path(__file__).with_name("golden")
+LOOKS = "--train.validate_every=5"
 
 
 def losses(run: RunFolder) -> dict[str, list[float]]:
@@ -38,11 +39,11 @@ def machine() -> dict[str, str]:
 
 def diffused(scratch: Path) -> dict[str, RunFolder]:
     """Runs of the autoencoder, and of diffusion in pixels and in its latents."""
-    autoencoder = test_diffusion_system.run("autoencoder-small", scratch / "autoencoder")
-    words = (f"--model.autoencoder={autoencoder.path}", "--model.patch=1")
+    autoencoder = test_diffusion_system.run("autoencoder-small", scratch / "autoencoder", LOOKS)
+    words = (f"--model.autoencoder={autoencoder.path}", "--model.patch=1", LOOKS)
     return {
         "autoencoder": autoencoder,
-        "diffusion": test_diffusion_system.run("diffusion-small", scratch / "pixels"),
+        "diffusion": test_diffusion_system.run("diffusion-small", scratch / "pixels", LOOKS),
         "diffusion-latent": test_diffusion_system.run("diffusion-latent", scratch / "latents", *words),
     }
 
@@ -58,10 +59,14 @@ def answered(scratch: Path) -> dict[str, RunFolder]:
     return {"vqa": test_vqa_system.run(scratch / "vqa", *test_vqa_system.STAGED)}
 
 
+def made(scratch: Path) -> dict[str, RunFolder]:
+    multimodal = train(scratch, LOOKS)
+    return {"multimodal": multimodal, **diffused(scratch), **predicted(scratch), **answered(scratch)}
+
+
 @pytest.fixture(scope="module")
-def runs(reference: RunFolder, tmp_path_factory: pytest.TempPathFactory) -> dict[str, RunFolder]:
-    scratch = tmp_path_factory.mktemp("golden")
-    return {"multimodal": reference, **diffused(scratch), **predicted(scratch), **answered(scratch)}
+def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, RunFolder]:
+    return made(tmp_path_factory.mktemp("golden"))
 
 
 @pytest.mark.parametrize(
@@ -80,9 +85,7 @@ def test_the_losses_are_the_committed_ones(system, runs):
 if __name__ == "__main__":
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as scratch:
-        folder = Path(scratch)
-        made = {"multimodal": train(folder), **diffused(folder), **predicted(folder), **answered(folder)}
-        for system, run in made.items():
+        for system, run in made(Path(scratch)).items():
             content = {"machine": machine(), "losses": losses(run)}
             (GOLDEN / f"{system}.json").write_text(json.dumps(content, indent=1) + "\n")
     sys.exit()

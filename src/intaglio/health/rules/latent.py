@@ -114,14 +114,14 @@ def _like_a_bias(record: Record, limits: Limits) -> Iterator[Finding | NotMeasur
     case="J: 7 of 256",
     needs=("val/*/covariance_rank",),
     log="latents of a probe batch of at least twice as many items as dimensions",
-    limits={"fail": 0.05, "warning": 0.15, "foreign": 0.4, "foreign_fail": 0.2, "least": 3.0},
+    limits={"fail": 0.05, "warning": 0.15, "foreign": 0.4, "foreign_fail": 0.33, "least": 3.0},
 )
 def rank_collapse(record: Record, limits: Limits) -> Iterator[Finding | NotMeasured]:
     """Few directions carry the latents' variance.
 
     Seen by effective rank (entropy of the covariance's eigenvalues) over that of as many Gaussian vectors, both less 1,
     which is the least. Of another program's data it is not known how many factors they have: a few colours and places
-    need no more than a tenth of the directions, so it warns below two fifths of our limit, and fails below a fifth.
+    need no more than a tenth of the directions, so it warns below two fifths of our limit, and fails below a third.
     """
     ours = record.config and not record.foreign
     factor, grave = (1.0, 1.0) if ours else (limits["foreign"], limits["foreign_fail"])
@@ -156,7 +156,7 @@ def rank_collapse(record: Record, limits: Limits) -> Iterator[Finding | NotMeasu
     case="J: measured its own 1e-6",
     needs=("val/*/participation_ratio",),
     log="latents of a probe batch",
-    limits={"share": 0.02, "single": 1.2, "excess": 0.005, "least": 3.0},
+    limits={"share": 0.02, "single": 1.2, "excess": 0.0075, "least": 3.0},
 )
 def anisotropic(record: Record, limits: Limits) -> Iterator[Finding | NotMeasured]:
     """One direction dominates the latents.
